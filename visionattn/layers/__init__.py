@@ -1,0 +1,1 @@
+"""One published mechanism, one file; and the registry of modules."""
