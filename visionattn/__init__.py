@@ -5,7 +5,8 @@ Importing it registers every backbone of the zoo with timm (``timm.create_model`
 """
 
 from . import models
-from .layers.registry import create_module, insert, list_modules
+from .layers.insert import insert
+from .layers.registry import create_module, list_modules
 
 __version__ = "0.1.0"
 
