@@ -4,6 +4,8 @@ timm's ``EfficientLocalAttn`` (``create_attn('ela')``) is another module: it has
 direction, one normalisation group and a SiLU before the sigmoid. Weights and outputs are not interchangeable.
 """
 
+from math import gcd
+
 import torch
 from torch import nn
 
@@ -65,7 +67,7 @@ class ELA(nn.Module):
                 f"{channels}: "
                 + (f"use version {', '.join(fitting)}" if fitting else "choose gn_groups that divide it")
             )
-        conv_groups = conv_groups or channels // width
+        conv_groups = conv_groups or max(channels // width, 1)
         if channels % conv_groups != 0:
             raise ValueError(f"ELA: conv_groups={conv_groups} does not divide channels={channels}: choose a divisor")
         if kernel_size % 2 == 0:
@@ -85,6 +87,17 @@ class ELA(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a_h, a_w = self.gates(x)
         return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
+
+    @staticmethod
+    def fit(channels: int, version: str = "b", **kwargs) -> dict[str, int]:
+        """Groups in place of those of ``version`` that do not divide ``channels``; empty where all do."""
+        _, width, groups = VERSIONS[parse_version(version)]
+        fitted = {}
+        if kwargs.get("gn_groups") is None and channels % groups:
+            fitted["gn_groups"] = gcd(channels, groups)
+        if kwargs.get("conv_groups") is None and channels % width:
+            fitted["conv_groups"] = channels // gcd(channels, width)
+        return fitted
 
     @torch.jit.ignore
     def macs(self, grid: tuple[int, int]) -> int:

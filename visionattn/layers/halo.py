@@ -10,6 +10,7 @@ from torch import nn
 
 from visionattn.ops.halo import halo_attention
 
+from .mixer import Mixer
 from .registry import register_module
 
 _LUCID_NAMES = {
@@ -38,7 +39,7 @@ class RelativeTables(nn.Module):
 
 
 @register_module("halo", "mixer")
-class HaloAttention(nn.Module):
+class HaloAttention(Mixer):
     """Blocked local self-attention: every ``block_size`` square of queries sees itself and a halo around it.
 
     Takes a map (B, C, H, W), or tokens (B, N, C) with their ``grid``; any size. Downsampling (``stride=2``)
@@ -62,13 +63,11 @@ class HaloAttention(nn.Module):
         grid: default grid of token inputs that come without one (as an ``attn_layer`` of timm's VisionTransformer).
         num_prefix_tokens: leading tokens that are not on the grid (class, registers): they pass unchanged.
         backend: of :func:`visionattn.ops.halo_attention`.
+        qk_norm, scale_norm, attn_drop, norm_layer: what timm hands an ``attn_layer`` too; off is all they can be.
 
     Raises:
         ValueError: for sizes that do not fit; in forward, for tokens without a grid or of another number.
     """
-
-    grid: tuple[int, int] | None
-    num_prefix_tokens: int = 0
 
     def __init__(
         self,
@@ -91,11 +90,20 @@ class HaloAttention(nn.Module):
         grid: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
         backend: str = "auto",
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        attn_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
         device=None,
         dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if qk_norm or scale_norm or attn_drop > 0.0:
+            raise ValueError(
+                f"HaloAttention has none of qk_norm={qk_norm}, scale_norm={scale_norm}, attn_drop={attn_drop}: "
+                "switch them off"
+            )
         dim_v = dim_out = dim_out or dim
         if heads is not None:
             num_heads, dim_head, proj, scale_pos_embed = heads, dim_head or 64, True, True
@@ -163,7 +171,14 @@ class HaloAttention(nn.Module):
         out = out.flatten(3).permute(0, 3, 1, 2)
         return self.pool(self.proj_drop(self.proj(out)))
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        assert attn_mask is None and not is_causal, "HaloAttention takes no mask"
         if x.dim() == 4:
             return self.attend(x)
         grid = self.grid if grid is None else grid

@@ -5,15 +5,23 @@ modules take tokens (B, N, C) and their grid (H, W).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 KINDS = ("channel", "mixer")
 
-_modules: dict[str, tuple[str, Callable[..., nn.Module]]] = {}
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: str
+    cls: type[nn.Module]
+    preset: dict[str, Any]
+
+
+_modules: dict[str, _Entry] = {}
 
 
 def register_module(name: str, kind: str, **preset: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -28,7 +36,7 @@ def register_module(name: str, kind: str, **preset: Any) -> Callable[[type[nn.Mo
         raise ValueError(f"module {name!r} is registered already: choose another name")
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
-        _modules[name] = (kind, partial(cls, **preset) if preset else cls)
+        _modules[name] = _Entry(kind, cls, preset)
         return cls
 
     return register
@@ -42,16 +50,22 @@ def list_modules(kind: str | None = None) -> list[str]:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(KINDS)}, or None for all")
-    return sorted(name for name, (its_kind, _) in _modules.items() if kind in (None, its_kind))
+    return sorted(name for name, entry in _modules.items() if kind in (None, entry.kind))
 
 
 def module_kind(name: str) -> str:
-    """The kind of the module registered as ``name``.
+    """The kind of the module registered as ``name``; ValueError for a name that is not registered."""
+    return _lookup(name).kind
 
-    Raises:
-        ValueError: for a name that is not registered.
-    """
-    return _lookup(name)[0]
+
+def module_class(name: str) -> type[nn.Module]:
+    """The class behind ``name``; ValueError for a name that is not registered."""
+    return _lookup(name).cls
+
+
+def module_preset(name: str) -> dict[str, Any]:
+    """The arguments that ``name`` fixes; ValueError for a name that is not registered."""
+    return dict(_lookup(name).preset)
 
 
 def create_module(name: str, **kwargs: Any) -> nn.Module:
@@ -61,10 +75,11 @@ def create_module(name: str, **kwargs: Any) -> nn.Module:
         ValueError: for a name that is not registered, or values that the module refuses.
         TypeError: for an argument that the module does not have.
     """
-    return _lookup(name)[1](**kwargs)
+    entry = _lookup(name)
+    return entry.cls(**{**entry.preset, **kwargs})
 
 
-def _lookup(name: str) -> tuple[str, Callable[..., nn.Module]]:
+def _lookup(name: str) -> _Entry:
     if name not in _modules:
         near = get_close_matches(str(name), _modules, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"registered are {', '.join(list_modules())}"

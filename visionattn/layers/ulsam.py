@@ -1,5 +1,7 @@
 """Ultra-Lightweight Subspace Attention (ULSAM), arXiv 2006.15102 (WACV 2020)."""
 
+from math import gcd
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,6 +87,12 @@ class ULSAM(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attn = self.attention(x).repeat_interleave(self.channels // self.groups, dim=1)
         return x * attn + x
+
+    @staticmethod
+    def fit(channels: int, groups: int | None = None, num_splits: int | None = None, **kwargs) -> dict[str, int]:
+        """Groups in place of those that do not divide ``channels``; empty where they do."""
+        groups = groups or num_splits or 4
+        return dict(groups=gcd(channels, groups)) if channels % groups else {}
 
     @torch.jit.ignore
     def macs(self, grid: tuple[int, int]) -> int:
