@@ -1,0 +1,149 @@
+"""Several processes: start, wrap (DDP or FSDP2), gather and scatter of sharded state, agreement between ranks.
+
+A checkpoint holds whole tensors, whatever wrote it; so one written by FSDP loads anywhere.
+"""
+
+import dataclasses
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from timm.task import TrainingTask
+from timm.utils import distribute_bn, unwrap_model, world_info_from_env
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from .config import Config, UserError
+
+SHARD_MIN = 100_000  # parameters; smaller blocks are sharded with what contains them
+
+
+@dataclasses.dataclass
+class World:
+    """Who this process is among ``size``; ``device`` is what it computes on."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank if it is on any. Goes through the CPU: no GPU queue waits for it."""
+        if self.size == 1:
+            return flag
+        t = torch.tensor(int(flag))
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return bool(t)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def start(cfg: Config) -> World:
+    """Join the other processes that torchrun (or Slurm) started, if any. Raises UserError."""
+    local_rank, rank, size = world_info_from_env()
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UserError(f"device={kind!r} is no device of PyTorch; give auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={kind} was asked for, but PyTorch sees no CUDA GPU here; give --device cpu or auto.")
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise UserError("fsdp shards over processes: start with torchrun --nproc-per-node=N train.py --fsdp ...")
+    if size > 1 or cfg.fsdp:
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        os.environ.setdefault("RANK", str(rank)), os.environ.setdefault("WORLD_SIZE", str(size))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=cfg.dist_timeout))
+    if cfg.sync_bn and (device.type != "cuda" or size == 1):
+        raise UserError("sync_bn needs several ranks on CUDA GPUs (PyTorch's SyncBatchNorm has no CPU kernel).")
+    return World(device, rank, size)
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sync_batchnorm(model: nn.Module, cfg: Config) -> nn.Module:
+    return convert_sync_batchnorm(model) if cfg.sync_bn else model
+
+
+def shard(module: nn.Module, world: World) -> None:
+    """FSDP2 in place: blocks inside lists and sequences first, what is left at the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    # Weights are gathered in float32 and autocast does the rest: the same numbers as DDP, for more traffic.
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    done: set[int] = set()
+    for parent in reversed(list(module.modules())):
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            for child in parent:
+                if isinstance(child, nn.ModuleList):  # has no forward for FSDP to hook
+                    continue
+                own = [p for p in child.parameters() if id(p) not in done]
+                if sum(p.numel() for p in own) >= SHARD_MIN:
+                    fully_shard(child, mesh=mesh)
+                    done.update(id(p) for p in child.parameters())
+    fully_shard(module, mesh=mesh)
+
+
+def wrap_ddp(task: TrainingTask, cfg: Config, world: World) -> None:
+    """DDP around the trained part. BatchNorm buffers follow rank 0 at each step, unless dist_bn says otherwise."""
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    task.prepare_distributed(device_ids=ids, broadcast_buffers=cfg.dist_bn == "broadcast")
+
+
+def share_batchnorm(modules: list[nn.Module], cfg: Config, world: World) -> None:
+    """One set of BatchNorm statistics for all ranks, before they are evaluated or saved."""
+    if world.size > 1 and cfg.dist_bn != "none":
+        for module in modules:
+            distribute_bn(module, world.size, reduce=cfg.dist_bn == "reduce")
+
+
+def whole(tree: Any) -> Any:
+    """The tree with sharded tensors made whole (a collective: every rank calls it), on the CPU."""
+
+    def gather(x: Any) -> Any:
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        return x.detach().cpu() if isinstance(x, torch.Tensor) else x
+
+    return tree_map(gather, tree)
+
+
+def _like(value: Any, reference: torch.Tensor) -> Any:
+    """A whole tensor sharded as the reference is, if that is sharded and of the same shape."""
+    if isinstance(reference, DTensor) and isinstance(value, torch.Tensor) and value.shape == reference.shape:
+        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
+    return value
+
+
+def load_module(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """``load_state_dict`` of whole tensors into a module that may be wrapped or sharded."""
+    module = unwrap_model(module)
+    own = module.state_dict()
+    module.load_state_dict({k: _like(v, own[k]) if k in own else v for k, v in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``load_state_dict`` of whole tensors into an optimizer whose parameters may be sharded."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = {i: {k: _like(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": sharded})
