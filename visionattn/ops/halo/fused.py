@@ -45,7 +45,12 @@ class Problem:
 
     def padded(self) -> dict[str, int]:
         return dict(
-            D=self.dim, DV=self.dim_v, DP=_pad(self.dim), DVP=_pad(self.dim_v), WP=_pad(self.window), PREC=self.precision
+            D=self.dim,
+            DV=self.dim_v,
+            DP=_pad(self.dim),
+            DVP=_pad(self.dim_v),
+            WP=_pad(self.window),
+            PREC=self.precision,
         )
 
     def shared(self) -> dict[str, int]:
@@ -85,22 +90,38 @@ def key_constants(p: Problem, tiles: Tiles) -> dict:
 def pick_tiles(p: Problem) -> tuple[Tiles, Tiles, Tiles]:
     """Tiles of the forward, the query and the key kernel; docs/kernels.md has the measurements behind them."""
     queries = min(64, _pad(p.side**2))
-    wide = max(_pad(p.dim), _pad(p.dim_v)) * p.dtype.itemsize  # bytes of a row
-    keys = 64 if wide <= 128 else 32 if wide <= 256 else 16
-    warps = 4 if queries == 64 else 2 if queries == 32 else 1
-    if wide > 128:
-        queries = min(queries, 32)
-    rows = p.block
-    while rows > 1 and _pad(rows * p.block) > 64:
-        rows -= 1
-    rows = -(-p.block // -(-p.block // rows))  # even chunks
-    if wide > 256:
-        rows = max(1, min(rows, 32 // p.block))
-    return (
-        Tiles(queries, keys, warps, 2 if wide <= 128 else 1),
-        Tiles(queries, keys, warps, 1),
-        Tiles(queries, rows, 4, 1),
-    )
+    row = max(_pad(p.dim), _pad(p.dim_v)) * p.dtype.itemsize  # bytes
+    if row > 128:
+        return _pick_wide_tiles(p, row)
+    if queries < 64:
+        few = 1 if queries == 16 else 2
+        forward_tiles, query_tiles = Tiles(queries, 64, few, 2), Tiles(queries, 64, few, 1)
+    elif row <= 32:
+        forward_tiles, query_tiles = Tiles(64, 64, 4, 1), Tiles(64, 64, 2, 1)
+    else:
+        forward_tiles, query_tiles = Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)
+    rows = _rows_of_keys(p.block, 64)
+    if p.side**2 in (16, 32, 64):
+        key_tiles = Tiles(queries, rows, 1 if queries == 16 else 2, 1)
+    elif row <= 32:
+        key_tiles = Tiles(16, rows, 2, 1)
+    else:
+        key_tiles = Tiles(32, _rows_of_keys(p.block, 128), 4, 1)
+    return forward_tiles, query_tiles, key_tiles
+
+
+def _pick_wide_tiles(p: Problem, row: int) -> tuple[Tiles, Tiles, Tiles]:
+    """Heads of more than 128 bytes: smaller tiles, so that four of them fit the shared memory of an RTX card."""
+    queries = min(32, _pad(p.side**2))
+    keys = 32 if row <= 256 else 16
+    rows = _rows_of_keys(p.block, 64 if row <= 256 else 32)
+    return Tiles(queries, keys, 4, 1), Tiles(queries, keys, 4, 1), Tiles(16, rows, 4, 1)
+
+
+def _rows_of_keys(block: int, most: int) -> int:
+    """Rows of a block that a tile of `most` keys holds, evened out over the block's chunks."""
+    rows = max(1, min(block, most // block))
+    return -(-block // -(-block // rows))
 
 
 def _problem(q, k, v, block: int, halo: int, stride: int, mask: bool, rel_step: int) -> Problem:
@@ -132,47 +153,65 @@ def forward(
     return out, lse
 
 
-def backward(
+def query_gradients(
     grad, q, k, v, rel_h, rel_w, out, lse, block: int, halo: int, stride: int, mask: bool, scale: float,
-    rel_scale: float, rel_step: int, tiles: tuple[Tiles, Tiles] | None = None,
+    rel_scale: float, rel_step: int, tiles: Tiles | None = None,
 ):  # fmt: skip
-    """Gradients of q, of keys and values as one tensor (B, H, W, heads, D + Dv), and of the two tables."""
+    """Gradients of q and of the tables (2, 2 * window - 1, D); for the keys, sum(out * grad) and the relative logits."""
     B, H, W, heads, dim = k.shape
     HQ, WQ = q.shape[1:3]
     p = _problem(q, k, v, block, halo, stride, mask, rel_step)
-    query_tiles, key_tiles = tiles or pick_tiles(p)[1:]
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    tiles = tiles or pick_tiles(p)[1]
     rows, cols = -(-H // block), -(-W // block)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dkv = k.new_empty(B, H, W, heads, dim + p.dim_v)
-    dk, dv = dkv[..., :dim], dkv[..., dim:]
-    items = B * rows * cols * heads * triton.cdiv(p.side**2, query_tiles.queries)
-    if items == 0:
-        return dq, dkv, torch.zeros_like(rel_h), torch.zeros_like(rel_w)
-
-    wp, lp = _pad(p.window), _pad(2 * p.window - 1)
-    delta = torch.empty_like(lse)
-    rel = q.new_empty(*lse.shape, 2, wp)
+    items = B * rows * cols * heads * triton.cdiv(p.side**2, tiles.queries)
     per_program = max(1, min(8, items // 2048))
     programs = triton.cdiv(items, per_program)
+    wp, lp = _pad(p.window), _pad(2 * p.window - 1)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(lse)
+    rel = q.new_empty(*lse.shape, 2, wp)
     tables = q.new_empty(programs, 2, lp, _pad(dim), dtype=torch.float32)
-    qk_scale = scale * math.log2(math.e)
-    kernels.halo_query_grad[(programs,)](
-        q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, grad, lse, delta, rel, dq, tables,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
-        H, W, HQ, WQ, heads, rows, cols, items, per_program, qk_scale, rel_scale / scale, scale, rel_scale,
-        **forward_constants(p, query_tiles), **query_tiles.launch(),
-    )  # fmt: skip
-    chunks = triton.cdiv(block, key_tiles.keys)
-    kernels.halo_key_grad[(B * rows * cols * heads * chunks,)](
-        q, k, v, grad, lse, delta, rel, dk, dv,
-        *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(),
-        H, W, HQ, WQ, heads, rows, cols, qk_scale, scale,
-        **key_constants(p, key_tiles), **key_tiles.launch(),
-    )  # fmt: skip
-    dth, dtw = tables.sum(0)[:, : 2 * p.window - 1, :dim].unbind(0)
-    return dq, dkv, dth.to(rel_h.dtype, copy=True), dtw.to(rel_w.dtype, copy=True)
+    if items > 0:
+        kernels.halo_query_grad[(programs,)](
+            q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, grad, lse, delta, rel, dq, tables,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
+            H, W, HQ, WQ, heads, rows, cols, items, per_program,
+            scale * math.log2(math.e), rel_scale / scale, scale, rel_scale,
+            **forward_constants(p, tiles), **tiles.launch(),
+        )  # fmt: skip
+    return dq, tables[:, :, : 2 * p.window - 1, :dim].sum(0), delta, rel
+
+
+def key_gradients(
+    grad, q, k, v, lse, delta, rel, block: int, halo: int, stride: int, mask: bool, scale: float,
+    rel_scale: float, rel_step: int, tiles: Tiles | None = None,
+):  # fmt: skip
+    """The gradient of keys and values as one tensor (B, H, W, heads, D + Dv)."""
+    B, H, W, heads, dim = k.shape
+    HQ, WQ = q.shape[1:3]
+    p = _problem(q, k, v, block, halo, stride, mask, rel_step)
+    tiles = tiles or pick_tiles(p)[2]
+    rows, cols = -(-H // block), -(-W // block)
+    dkv = k.new_empty(B, H, W, heads, dim + p.dim_v)
+    dk, dv = dkv[..., :dim], dkv[..., dim:]
+    grid = (B * rows * cols * heads * triton.cdiv(block, tiles.keys),)
+    if grid[0] > 0:
+        kernels.halo_key_grad[grid](
+            q, k, v, grad, lse, delta, rel, dk, dv,
+            *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(),
+            H, W, HQ, WQ, heads, rows, cols, scale * math.log2(math.e), scale,
+            **key_constants(p, tiles), **tiles.launch(),
+        )  # fmt: skip
+    return dkv
+
+
+def backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings):
+    """Gradients of q, of keys and values as one tensor (B, H, W, heads, D + Dv), and of the tables as one, in float32."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    dq, tables, delta, rel = query_gradients(grad, q, k, v, rel_h, rel_w, out, lse, *settings)
+    dkv = key_gradients(grad, q, k, v, lse, delta, rel, *settings)
+    return dq, dkv, tables
 
 
 _SETTINGS = "int block, int halo, int stride, bool mask, float scale, float rel_scale, int rel_step"
@@ -202,7 +241,7 @@ def halo_attention_kv_op(q, kv, rel_h, rel_w, *settings):
     "visionattn::halo_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 def halo_attention_backward_op(grad, q, k, v, rel_h, rel_w, out, lse, *settings):
     return backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings)
@@ -230,8 +269,7 @@ def _(grad, q, k, v, rel_h, rel_w, out, lse, *settings):
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         k.new_empty(B, H, W, heads, dim + v.shape[-1]),
-        torch.empty_like(rel_h, memory_format=torch.contiguous_format),
-        torch.empty_like(rel_w, memory_format=torch.contiguous_format),
+        rel_h.new_empty(2, *rel_h.shape, dtype=torch.float32),
     )
 
 
@@ -242,20 +280,19 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     q, k, v, rel_h, rel_w, out, lse = ctx.saved_tensors
-    dq, dkv, dth, dtw = torch.ops.visionattn.halo_attention_backward(
-        grad, q, k, v, rel_h, rel_w, out, lse, *ctx.settings
-    )
+    dq, dkv, tables = torch.ops.visionattn.halo_attention_backward(grad, q, k, v, rel_h, rel_w, out, lse, *ctx.settings)
     dim = q.shape[-1]
+    dth, dtw = tables[0].to(rel_h.dtype), tables[1].to(rel_w.dtype)
     return dq, dkv[..., :dim], dkv[..., dim:], dth, dtw, *[None] * _N_SETTINGS
 
 
 def _backward_kv(ctx, grad, _):
     q, kv, rel_h, rel_w, out, lse = ctx.saved_tensors
     dim = q.shape[-1]
-    dq, dkv, dth, dtw = torch.ops.visionattn.halo_attention_backward(
+    dq, dkv, tables = torch.ops.visionattn.halo_attention_backward(
         grad, q, kv[..., :dim], kv[..., dim:], rel_h, rel_w, out, lse, *ctx.settings
     )
-    return dq, dkv, dth, dtw, *[None] * _N_SETTINGS
+    return dq, dkv, tables[0].to(rel_h.dtype), tables[1].to(rel_w.dtype), *[None] * _N_SETTINGS
 
 
 halo_attention_op.register_autograd(_backward, setup_context=_setup)

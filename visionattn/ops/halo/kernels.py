@@ -236,15 +236,11 @@ def halo_query_grad(
         q_ok = (m < NQ) & (qy < HQ) & (qx < WQ)
         q_mask = q_ok[:, None] & (d < D)
         o_mask = q_ok[:, None] & (e < DV)
-        q = tl.load(
-            q_ptr + batch * sqb + head * sqh + (qy * sqy + qx * sqx)[:, None] + d * sqd, mask=q_mask, other=0.0
-        )
+        q = tl.load(q_ptr + batch * sqb + head * sqh + (qy * sqy + qx * sqx)[:, None] + d * sqd, mask=q_mask, other=0.0)
         do = tl.load(
             do_ptr + batch * sgb + head * sgh + (qy * sgy + qx * sgx)[:, None] + e * sgd, mask=o_mask, other=0.0
         )
-        o = tl.load(
-            o_ptr + batch * sob + head * soh + (qy * soy + qx * sox)[:, None] + e * sod, mask=o_mask, other=0.0
-        )
+        o = tl.load(o_ptr + batch * sob + head * soh + (qy * soy + qx * sox)[:, None] + e * sod, mask=o_mask, other=0.0)
         flat = (block.to(tl.int64) * heads + head) * NQ + m
         lse = tl.load(lse_ptr + flat, mask=m < NQ, other=float("inf"))
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -342,12 +338,8 @@ def _strip(
             qy = ((by + dy) * BQ + m // BQ).to(tl.int64)
             qx = ((bx + dx) * BQ + m % BQ).to(tl.int64)
             q_ok = (m < NQ) & (qy < HQ) & (qx < WQ)
-            q = tl.load(
-                q_ptr + (qy * sqy + qx * sqx)[:, None] + d * sqd, mask=q_ok[:, None] & (d < D), other=0.0
-            )
-            do = tl.load(
-                do_ptr + (qy * sgy + qx * sgx)[:, None] + e * sgd, mask=q_ok[:, None] & (e < DV), other=0.0
-            )
+            q = tl.load(q_ptr + (qy * sqy + qx * sqx)[:, None] + d * sqd, mask=q_ok[:, None] & (d < D), other=0.0)
+            do = tl.load(do_ptr + (qy * sgy + qx * sgx)[:, None] + e * sgd, mask=q_ok[:, None] & (e < DV), other=0.0)
             flat = block * NQ + m
             lse = tl.load(lse_ptr + flat, mask=m < NQ, other=float("inf"))
             delta = tl.load(delta_ptr + flat, mask=m < NQ, other=0.0)
@@ -416,7 +408,5 @@ def halo_key_grad(
     d = tl.arange(0, DP)[None, :]
     e = tl.arange(0, DVP)[None, :]
     base = batch * sdb + head * sdh + (y * sdy + x * sdx)[:, None]
-    tl.store(
-        dk_ptr + base + d * sdd, (dk * scale).to(dk_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)
-    )
+    tl.store(dk_ptr + base + d * sdd, (dk * scale).to(dk_ptr.dtype.element_ty), mask=ok[:, None] & (d < D))
     tl.store(dv_ptr + base + e * sdd, dv.to(dv_ptr.dtype.element_ty), mask=ok[:, None] & (e < DV))
