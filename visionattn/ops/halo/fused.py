@@ -114,7 +114,7 @@ def _pick_wide_tiles(p: Problem, row: int) -> tuple[Tiles, Tiles, Tiles]:
     """Heads of more than 128 bytes: smaller tiles, so that four of them fit the shared memory of an RTX card."""
     queries = min(32, _pad(p.side**2))
     keys = 32 if row <= 256 else 16
-    rows = _rows_of_keys(p.block, 64 if row <= 256 else 32)
+    rows = _rows_of_keys(p.block, 64 if row <= 256 else 32 if row <= 512 else 16)
     return Tiles(queries, keys, 4, 1), Tiles(queries, keys, 4, 1), Tiles(16, rows, 4, 1)
 
 
@@ -157,7 +157,7 @@ def query_gradients(
     grad, q, k, v, rel_h, rel_w, out, lse, block: int, halo: int, stride: int, mask: bool, scale: float,
     rel_scale: float, rel_step: int, tiles: Tiles | None = None,
 ):  # fmt: skip
-    """Gradients of q and of the tables (2, 2 * window - 1, D); for the keys, sum(out * grad) and the relative logits."""
+    """Gradients of q and of the tables (2, 2 * window - 1, D); sum(out * grad) and relative logits for the keys."""
     B, H, W, heads, dim = k.shape
     HQ, WQ = q.shape[1:3]
     p = _problem(q, k, v, block, halo, stride, mask, rel_step)
@@ -206,7 +206,7 @@ def key_gradients(
 
 
 def backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings):
-    """Gradients of q, of keys and values as one tensor (B, H, W, heads, D + Dv), and of the tables as one, in float32."""
+    """Gradients of q, of keys and values as one tensor (B, H, W, heads, D + Dv), of the tables as one in float32."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     dq, tables, delta, rel = query_gradients(grad, q, k, v, rel_h, rel_w, out, lse, *settings)

@@ -34,7 +34,7 @@ def _relative(
     rel = tl.gather(full, index, 1) * ratio
     if BIG < 1e5:  # float16: stay finite
         rel = tl.minimum(tl.maximum(rel, -0.5 * BIG), 0.5 * BIG)
-    return tl.where((R >= lo) & (R < hi), rel, -BIG).to(q.dtype)
+    return tl.where((R >= lo) & (R < hi), rel, -BIG).to(q.dtype)  # noqa: SIM300
 
 
 @triton.jit
@@ -308,7 +308,7 @@ def _strip(
     y_hi: tl.constexpr = (dy + 1) * B + HALO if (dy + 1) * B + HALO < B else B
     x_hi: tl.constexpr = (dx + 1) * B + HALO if (dx + 1) * B + HALO < B else B
     NX: tl.constexpr = x_hi - x_lo
-    NY: tl.constexpr = KR if KR < y_hi - y_lo else y_hi - y_lo
+    NY: tl.constexpr = KR if KR < y_hi - y_lo else y_hi - y_lo  # noqa: SIM300
     N: tl.constexpr = NX * NY
     NP: tl.constexpr = 16 if N <= 16 else (32 if N <= 32 else (64 if N <= 64 else (128 if N <= 128 else 256)))
     start = tl.maximum(first_row, y_lo)
