@@ -103,10 +103,36 @@ def test_compile_fullgraph():
         return halo_attention_kv(*args, 8, 3) * 2
 
     assert can_run_triton(tensors[0], *tensors[1].split(16, -1), *tensors[2:], 8, 3) is None
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compile(attend, fullgraph=True, backend=backend)(*tensors)
+    assert "visionattn.halo_attention_kv" in graphs[0]
     out, expected = torch.compile(attend, fullgraph=True)(*tensors), attend(*tensors)
     torch.testing.assert_close(out, expected)
     grads = [torch.autograd.grad(x.float().square().sum(), tensors) for x in (out, expected)]
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_export_takes_the_reference():
+    class Attend(torch.nn.Module):
+        def forward(self, q, kv, rel_h, rel_w):
+            return halo_attention_kv(q, kv, rel_h, rel_w, 8, 3)
+
+    tensors = tuple(make(1, 16, 16, 2, 16, 16, 8, 3, 1, torch.float32))
+    program = torch.export.export(Attend(), tensors)
+    assert "visionattn" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(*tensors), Attend()(*tensors), rtol=1e-4, atol=1e-4)
+
+
+def test_jit_trace():
+    tensors = make(1, 16, 16, 2, 16, 16, 8, 3, 1, torch.bfloat16)
+    program = torch.jit.trace(lambda q, kv, h, w: halo_attention_kv(q, kv, h, w, 8, 3), tensors, check_trace=False)
+    tensors[0] = tensors[0] * 0.5
+    torch.testing.assert_close(program(*tensors), halo_attention_kv(*tensors, 8, 3))
 
 
 def test_tables_of_another_dtype():

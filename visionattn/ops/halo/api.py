@@ -42,7 +42,7 @@ def halo_attention(
         backend: ``'reference'``: eager PyTorch, any device and dtype, every window in memory. ``'triton'``: fused
             kernels, no window in memory; :func:`can_run_triton` says where. ``'auto'``: the kernels on CUDA tensors
             if they can run, else the reference; a kernel that does not compile is reported once, as a warning.
-            TorchScript and ``torch.export`` take the reference.
+            TorchScript, ``torch.export`` and ONNX take the reference.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), heads, Dv) in q's dtype. The kernels have no second derivative.
@@ -54,12 +54,12 @@ def halo_attention(
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     rel_scale = factor if scale_rel else 1.0
     if not torch.jit.is_scripting():
-        _check(q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, rel_step)
-        if _use_triton(backend, q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, factor):
-            return torch.ops.visionattn.halo_attention(
-                q, k, v, rel_height, rel_width, block_size, halo_size, stride, border == "mask", factor, rel_scale,
-                rel_step,
-            )[0]  # fmt: skip
+        out = _fused(
+            backend, None, q, k, v, rel_height, rel_width, border,
+            (block_size, halo_size, stride, border == "mask", factor, rel_scale, rel_step),
+        )  # fmt: skip
+        if out is not None:
+            return out
     rel_height, rel_width = rel_height.to(q.dtype), rel_width.to(q.dtype)
     return halo_attention_reference(
         q, k, v, rel_height, rel_width, block_size, halo_size, stride, border == "mask", factor, rel_scale, rel_step
@@ -92,21 +92,54 @@ def halo_attention_kv(
     factor = float(dim) ** -0.5 if scale is None else scale
     rel_scale = factor if scale_rel else 1.0
     if not torch.jit.is_scripting():
-        if v.shape[-1] == 0:
-            raise ValueError(f"kv is {list(kv.shape)}: its last axis must be q's {dim} key channels and then the value")
-        _check(q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, rel_step)
-        if _use_triton(backend, q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, factor):
-            return torch.ops.visionattn.halo_attention_kv(
-                q, kv, rel_height, rel_width, block_size, halo_size, stride, border == "mask", factor, rel_scale,
-                rel_step,
-            )[0]  # fmt: skip
+        out = _fused(
+            backend, kv, q, k, v, rel_height, rel_width, border,
+            (block_size, halo_size, stride, border == "mask", factor, rel_scale, rel_step),
+        )  # fmt: skip
+        if out is not None:
+            return out
     rel_height, rel_width = rel_height.to(q.dtype), rel_width.to(q.dtype)
     return halo_attention_reference(
         q, k, v, rel_height, rel_width, block_size, halo_size, stride, border == "mask", factor, rel_scale, rel_step
     )
 
 
-def _check(q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, rel_step) -> None:
+def _fused(backend, kv, q, k, v, rel_height, rel_width, border, settings) -> torch.Tensor | None:
+    """Checks the arguments, and runs the kernels if `backend` and the arguments let them run."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not torch.Tensor or not q.is_cuda:
+        _check(q, k, v, rel_height, rel_width, border, settings)
+        if not _use_triton(backend, q, k, v, rel_height, rel_width, settings):
+            return None
+        if kv is None:
+            return torch.ops.visionattn.halo_attention(q, k, v, rel_height, rel_width, *settings)[0]
+        return torch.ops.visionattn.halo_attention_kv(q, kv, rel_height, rel_width, *settings)[0]
+
+    # Eager: the same, with the checks made once for arguments like these, and without the dispatcher.
+    tensors = (q, k, v, rel_height, rel_width)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    key = (backend, border, settings, grad, *((x.shape, x.dtype, x.device) for x in tensors))
+    use = _checked.get(key)
+    if use is None:
+        _check(*tensors, border, settings)
+        if len(_checked) >= 4096:
+            _checked.clear()
+        use = _checked[key] = _use_triton(backend, *tensors, settings)
+    if not use:
+        return None
+    from . import fused
+
+    if not grad:
+        return fused.forward(*tensors, *settings)[0]
+    if kv is None:
+        return fused.HaloFunction.apply(*tensors, settings)
+    return fused.HaloFunctionKV.apply(q, kv, rel_height, rel_width, settings)
+
+
+_checked: dict[tuple, bool] = {}
+
+
+def _check(q, k, v, rel_height, rel_width, border, settings) -> None:
+    block_size, halo_size, stride, _, _, _, rel_step = settings
     if border not in ("zero", "mask"):
         raise ValueError(f"border={border!r} is unknown: use 'zero' or 'mask'")
     if block_size < 1 or halo_size < 0 or stride < 1 or block_size % stride != 0:
@@ -125,8 +158,8 @@ def _check(q, k, v, rel_height, rel_width, block_size, halo_size, stride, border
     expected = (B, (H + stride - 1) // stride, (W + stride - 1) // stride, heads, dim)
     if q.shape != expected:
         raise ValueError(f"q has shape {list(q.shape)}: k {list(k.shape)} and stride={stride} need {list(expected)}")
-    if v.shape[:4] != k.shape[:4]:
-        raise ValueError(f"v has shape {list(v.shape)}: it must agree with k {list(k.shape)} but for the channels")
+    if v.shape[:4] != k.shape[:4] or v.shape[4] == 0:
+        raise ValueError(f"v has shape {list(v.shape)}: it must agree with k {list(k.shape)} but for its channels")
     rows = 2 * (block_size + 2 * halo_size) - 1
     for name, table in (("rel_height", rel_height), ("rel_width", rel_width)):
         if table.shape != (rows, dim):
@@ -148,27 +181,31 @@ def can_run_triton(
     scale: float | None = None,
 ) -> str | None:
     """None if ``backend='triton'`` can run these arguments of :func:`halo_attention`, else the reason it cannot."""
-    return _triton_reason(False, q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, scale)
+    factor = 1.0 if scale is None else scale
+    settings = (block_size, halo_size, stride, border == "mask", factor, 1.0, 1)
+    return _triton_reason(False, q, k, v, rel_height, rel_width, settings)
 
 
-def _triton_reason(auto, q, k, v, rel_height, rel_width, block_size, halo_size, stride, border, scale) -> str | None:
+def _triton_reason(auto, q, k, v, rel_height, rel_width, settings) -> str | None:
+    block_size, halo_size, stride, mask, scale = settings[:5]
     if auto and q.device.type != "cuda":
         return f"the kernels run on CUDA, these tensors are on {q.device.type}"
-    if auto and torch.compiler.is_exporting():
-        return "torch.export takes the reference, whose operators every consumer knows"
-    if scale is not None and scale <= 0:
+    if scale <= 0:
         return f"scale={scale} is not positive"
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rel_height, rel_width))
     tables = (rel_height.dtype, rel_width.dtype)
     return _static_reason(
         auto, str(q.device), q.dtype, *tables, int(q.shape[3]), int(q.shape[4]), int(v.shape[4]),
-        block_size, halo_size, stride, border == "mask", grad,
+        block_size, halo_size, stride, mask, grad,
     )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
 def _static_reason(auto: bool, *static) -> str | None:
-    reason = _limits(*static[:7], *static[7:9]) or _probe(*static)
+    # asked here, where Dynamo runs Python: its own answer to is_exporting() depends on torch's version
+    if auto and (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()):
+        return "an export takes the reference, whose operators every consumer knows"
+    reason = _limits(*static[:9]) or _probe(*static)
     if auto and reason is not None and reason.startswith(_FAILED):
         _warn(reason)
     return reason

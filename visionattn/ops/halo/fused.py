@@ -124,94 +124,193 @@ def _rows_of_keys(block: int, most: int) -> int:
     return -(-block // -(-block // rows))
 
 
-def _problem(q, k, v, block: int, halo: int, stride: int, mask: bool, rel_step: int) -> Problem:
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-    precision = precision if q.dtype == torch.float32 else "ieee"  # float32 only; others multiply exactly
-    return Problem(block, halo, stride, rel_step, mask, q.shape[-1], v.shape[-1], q.dtype, precision)
+def _aligned(tensors) -> bool:
+    return not any(t.data_ptr() & 15 for t in tensors)
 
 
-def forward(
-    q, k, v, rel_h, rel_w, block: int, halo: int, stride: int, mask: bool, scale: float, rel_scale: float,
-    rel_step: int, tiles: Tiles | None = None,
-):  # fmt: skip
+class _Launch:
+    """A kernel whose numbers are bound; called with its tensors.
+
+    Triton looks at every argument of every launch, which costs more than these kernels do on small maps. A plan is
+    made per shapes, strides and dtypes, so all that Triton would look at is known but the pointers' alignment.
+    """
+
+    def __init__(self, kernel, programs: int, numbers: tuple, constants: dict, tiles: Tiles):
+        self.kernel, self.numbers, self.named = kernel, numbers, {**constants, **tiles.launch()}
+        self.grid = (programs, 1, 1)
+        constexprs = [name for name in kernel.arg_names if name in constants]
+        self.rest = (*numbers, *(constants[name] for name in constexprs))
+        self.compiled = None
+
+    def __call__(self, *tensors) -> None:
+        if self.grid[0] == 0:
+            return
+        aligned = _aligned(tensors)
+        if aligned and self.compiled is not None:
+            self.compiled[self.grid](*tensors, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.named)
+        if aligned:
+            self.compiled = compiled  # None where kernels are interpreted
+
+
+class _Plan:
+    """What follows from the arguments' shapes, strides and dtypes: sizes of buffers, and the launches."""
+
+    def __init__(self, q, k, v, settings: tuple, tiles: tuple[Tiles, Tiles, Tiles] | None):
+        block, halo, stride, mask, self.scale, self.rel_scale, rel_step = settings
+        B, H, W, heads, dim = k.shape
+        HQ, WQ = q.shape[1:3]
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        precision = precision if q.dtype == torch.float32 else "ieee"  # float32 only; others multiply exactly
+        p = Problem(block, halo, stride, rel_step, mask, dim, v.shape[-1], q.dtype, precision)
+        self.problem, self.tiles = p, tiles or pick_tiles(p)
+        rows, cols = -(-H // block), -(-W // block)
+        self.out = (B, HQ, WQ, heads, p.dim_v)
+        self.lse = (B, rows, cols, heads, p.side**2)
+        self.rel = (*self.lse, 2, _pad(p.window))
+        self.dkv = (B, H, W, heads, dim + p.dim_v)
+        self.blocks = B * rows * cols * heads
+        self.sizes = (H, W, HQ, WQ, heads, rows, cols)
+        self.qk_scale, self.ratio = self.scale * math.log2(math.e), self.rel_scale / self.scale
+        self.inputs = (*q.stride(), *k.stride(), *v.stride())
+
+        self.forward = _Launch(
+            kernels.halo_forward,
+            self.blocks * triton.cdiv(p.side**2, self.tiles[0].queries),
+            (*self.inputs, *_strides(self.out), *self.sizes, self.qk_scale, self.ratio),
+            forward_constants(p, self.tiles[0]),
+            self.tiles[0],
+        )
+        items = self.blocks * triton.cdiv(p.side**2, self.tiles[1].queries)
+        self.per_program = max(1, min(8, items // 2048))
+        self.items, self.programs = items, triton.cdiv(items, self.per_program)
+        self.tables = (self.programs, 2, _pad(2 * p.window - 1), _pad(dim))
+        self._backward = {}
+
+    def backward(self, grad) -> tuple[_Launch, _Launch]:
+        """The query and the key launch, for a gradient of these strides."""
+        found = self._backward.get(grad.stride())
+        if found is None:
+            p, tiles = self.problem, self.tiles
+            dq = _strides((*self.out[:-1], p.dim))
+            numbers = (self.items, self.per_program, self.qk_scale, self.ratio, self.scale, self.rel_scale)
+            queries = _Launch(
+                kernels.halo_query_grad,
+                self.programs,
+                (*self.inputs, *_strides(self.out), *grad.stride(), *dq, *self.sizes, *numbers),
+                forward_constants(p, tiles[1]),
+                tiles[1],
+            )
+            keys = _Launch(
+                kernels.halo_key_grad,
+                self.blocks * triton.cdiv(p.block, tiles[2].keys),
+                (*self.inputs, *grad.stride(), *_strides(self.dkv), *self.sizes, self.qk_scale, self.scale),
+                key_constants(p, tiles[2]),
+                tiles[2],
+            )
+            found = self._backward[grad.stride()] = (queries, keys)
+        return found
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * max(n, 1))
+    return tuple(reversed(strides))
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def plan(q, k, v, rel_h, rel_w, settings: tuple, tiles: tuple[Tiles, Tiles, Tiles] | None = None) -> _Plan:
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, rel_h.dtype, rel_w.dtype, q.device,
+        settings, tiles, torch.backends.cuda.matmul.allow_tf32,
+    )  # fmt: skip
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= 4096:  # shapes that never repeat
+            _plans.clear()
+        found = _plans[key] = _Plan(q, k, v, settings, tiles)
+    return found
+
+
+def _elsewhere(q) -> bool:
+    return q.is_cuda and q.device.index != torch.cuda.current_device()
+
+
+def forward(q, k, v, rel_h, rel_w, *settings, tiles=None):
     """Output (B, Hq, Wq, heads, Dv) and log-sum-exp (base 2; B, rows, columns, heads, queries of a block)."""
-    B, H, W, heads, _ = k.shape
-    HQ, WQ = q.shape[1:3]
-    p = _problem(q, k, v, block, halo, stride, mask, rel_step)
-    tiles = tiles or pick_tiles(p)[0]
-    rows, cols = -(-H // block), -(-W // block)
-    out = q.new_empty(B, HQ, WQ, heads, p.dim_v)
-    lse = q.new_empty(B, rows, cols, heads, p.side**2, dtype=torch.float32)
-    grid = (B * rows * cols * heads * triton.cdiv(p.side**2, tiles.queries),)
-    if grid[0] > 0:
-        kernels.halo_forward[grid](
-            q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, lse,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            H, W, HQ, WQ, heads, rows, cols, scale * math.log2(math.e), rel_scale / scale,
-            **forward_constants(p, tiles), **tiles.launch(),
-        )  # fmt: skip
+    if _elsewhere(q):
+        with torch.cuda.device(q.device):
+            return forward(q, k, v, rel_h, rel_w, *settings, tiles=tiles)
+    this = plan(q, k, v, rel_h, rel_w, settings, tiles)
+    out = q.new_empty(this.out)
+    lse = q.new_empty(this.lse, dtype=torch.float32)
+    this.forward(q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, lse)
     return out, lse
 
 
-def query_gradients(
-    grad, q, k, v, rel_h, rel_w, out, lse, block: int, halo: int, stride: int, mask: bool, scale: float,
-    rel_scale: float, rel_step: int, tiles: Tiles | None = None,
-):  # fmt: skip
-    """Gradients of q and of the tables (2, 2 * window - 1, D); sum(out * grad) and relative logits for the keys."""
-    B, H, W, heads, dim = k.shape
-    HQ, WQ = q.shape[1:3]
-    p = _problem(q, k, v, block, halo, stride, mask, rel_step)
-    tiles = tiles or pick_tiles(p)[1]
-    rows, cols = -(-H // block), -(-W // block)
-    items = B * rows * cols * heads * triton.cdiv(p.side**2, tiles.queries)
-    per_program = max(1, min(8, items // 2048))
-    programs = triton.cdiv(items, per_program)
-    wp, lp = _pad(p.window), _pad(2 * p.window - 1)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    delta = torch.empty_like(lse)
-    rel = q.new_empty(*lse.shape, 2, wp)
-    tables = q.new_empty(programs, 2, lp, _pad(dim), dtype=torch.float32)
-    if items > 0:
-        kernels.halo_query_grad[(programs,)](
-            q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, grad, lse, delta, rel, dq, tables,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *grad.stride(), *dq.stride(),
-            H, W, HQ, WQ, heads, rows, cols, items, per_program,
-            scale * math.log2(math.e), rel_scale / scale, scale, rel_scale,
-            **forward_constants(p, tiles), **tiles.launch(),
-        )  # fmt: skip
-    return dq, tables[:, :, : 2 * p.window - 1, :dim].sum(0), delta, rel
-
-
-def key_gradients(
-    grad, q, k, v, lse, delta, rel, block: int, halo: int, stride: int, mask: bool, scale: float,
-    rel_scale: float, rel_step: int, tiles: Tiles | None = None,
-):  # fmt: skip
-    """The gradient of keys and values as one tensor (B, H, W, heads, D + Dv)."""
-    B, H, W, heads, dim = k.shape
-    HQ, WQ = q.shape[1:3]
-    p = _problem(q, k, v, block, halo, stride, mask, rel_step)
-    tiles = tiles or pick_tiles(p)[2]
-    rows, cols = -(-H // block), -(-W // block)
-    dkv = k.new_empty(B, H, W, heads, dim + p.dim_v)
-    dk, dv = dkv[..., :dim], dkv[..., dim:]
-    grid = (B * rows * cols * heads * triton.cdiv(block, tiles.keys),)
-    if grid[0] > 0:
-        kernels.halo_key_grad[grid](
-            q, k, v, grad, lse, delta, rel, dk, dv,
-            *q.stride(), *k.stride(), *v.stride(), *grad.stride(), *dk.stride(),
-            H, W, HQ, WQ, heads, rows, cols, scale * math.log2(math.e), scale,
-            **key_constants(p, tiles), **tiles.launch(),
-        )  # fmt: skip
-    return dkv
-
-
-def backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings):
+def backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings, tiles=None):
     """Gradients of q, of keys and values as one tensor (B, H, W, heads, D + Dv), of the tables as one in float32."""
+    if _elsewhere(q):
+        with torch.cuda.device(q.device):
+            return backward(grad, q, k, v, rel_h, rel_w, out, lse, *settings, tiles=tiles)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    dq, tables, delta, rel = query_gradients(grad, q, k, v, rel_h, rel_w, out, lse, *settings)
-    dkv = key_gradients(grad, q, k, v, lse, delta, rel, *settings)
-    return dq, dkv, tables
+    out = out.contiguous()
+    this = plan(q, k, v, rel_h, rel_w, settings, tiles)
+    p = this.problem
+    queries, keys = this.backward(grad)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dkv = k.new_empty(this.dkv)
+    delta = torch.empty_like(lse)
+    rel = q.new_empty(this.rel)
+    tables = q.new_empty(this.tables, dtype=torch.float32)
+    queries(q, k, v, rel_h.contiguous(), rel_w.contiguous(), out, grad, lse, delta, rel, dq, tables)
+    keys(q, k, v, grad, lse, delta, rel, dkv, dkv[..., p.dim :])
+    return dq, dkv, tables[:, :, : 2 * p.window - 1, : p.dim].sum(0)
+
+
+class HaloFunction(torch.autograd.Function):
+    """The operators below for eager mode, where the dispatcher's Python layers would cost more than the kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, rel_h, rel_w, settings):
+        out, lse = forward(q, k, v, rel_h, rel_w, *settings)
+        ctx.save_for_backward(q, k, v, rel_h, rel_w, out, lse)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        dq, dkv, tables = backward(grad, *saved, *ctx.settings)
+        dim, rel_h, rel_w = dq.shape[-1], saved[3], saved[4]
+        return dq, dkv[..., :dim], dkv[..., dim:], tables[0].to(rel_h.dtype), tables[1].to(rel_w.dtype), None
+
+
+class HaloFunctionKV(torch.autograd.Function):
+    """:class:`HaloFunction` with keys and values in one tensor."""
+
+    @staticmethod
+    def forward(ctx, q, kv, rel_h, rel_w, settings):
+        dim = q.shape[-1]
+        out, lse = forward(q, kv[..., :dim], kv[..., dim:], rel_h, rel_w, *settings)
+        ctx.save_for_backward(q, kv, rel_h, rel_w, out, lse)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, kv, rel_h, rel_w, out, lse = ctx.saved_tensors
+        dim = q.shape[-1]
+        k, v = kv[..., :dim], kv[..., dim:]
+        dq, dkv, tables = backward(grad, q, k, v, rel_h, rel_w, out, lse, *ctx.settings)
+        return dq, dkv, tables[0].to(rel_h.dtype), tables[1].to(rel_w.dtype), None
 
 
 _SETTINGS = "int block, int halo, int stride, bool mask, float scale, float rel_scale, int rel_step"

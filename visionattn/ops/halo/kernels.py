@@ -153,7 +153,9 @@ def halo_forward(
     k_ptr += batch * skb + head * skh
     v_ptr += batch * svb + head * svh
     acc = tl.zeros([BM, DVP], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    # No query has all its logits below this. A tile that is masked throughout must not raise it to the masks' level:
+    # there, float32 is too coarse for differences of logits.
+    top = tl.full([BM], -0.5 * BIG, tl.float32)
     total = tl.zeros([BM], tl.float32)
     for n0 in tl.range(0, FULL, BN):
         acc, top, total = _forward_tile(
