@@ -80,7 +80,7 @@ def test_widest_heads_in_the_least_shared_memory(which):
         (8, 4, 1, 16, 48),
         (10, 3, 1, 16, 64),
     ],
-    ids=str,
+    ids=lambda s: "-".join(map(str, s)),
 )
 def test_family(shape, dtype, capability, which):
     check(problem(*shape, dtype), capability, which)

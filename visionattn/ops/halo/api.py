@@ -106,7 +106,7 @@ def halo_attention_kv(
 
 def _fused(backend, kv, q, k, v, rel_height, rel_width, border, settings) -> torch.Tensor | None:
     """Checks the arguments, and runs the kernels if `backend` and the arguments let them run."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not torch.Tensor or not q.is_cuda:
+    if torch.compiler.is_compiling() or type(q) is not torch.Tensor or not q.is_cuda or torch.jit.is_tracing():
         _check(q, k, v, rel_height, rel_width, border, settings)
         if not _use_triton(backend, q, k, v, rel_height, rel_width, settings):
             return None
@@ -190,6 +190,8 @@ def _triton_reason(auto, q, k, v, rel_height, rel_width, settings) -> str | None
     block_size, halo_size, stride, mask, scale = settings[:5]
     if auto and q.device.type != "cuda":
         return f"the kernels run on CUDA, these tensors are on {q.device.type}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace takes the reference"
     if scale <= 0:
         return f"scale={scale} is not positive"
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rel_height, rel_width))

@@ -100,13 +100,12 @@ def pick_tiles(p: Problem) -> tuple[Tiles, Tiles, Tiles]:
         forward_tiles, query_tiles = Tiles(64, 64, 4, 1), Tiles(64, 64, 2, 1)
     else:
         forward_tiles, query_tiles = Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)
-    rows = _rows_of_keys(p.block, 64)
-    if p.side**2 in (16, 32, 64):
-        key_tiles = Tiles(queries, rows, 1 if queries == 16 else 2, 1)
-    elif row <= 32:
-        key_tiles = Tiles(16, rows, 2, 1)
+    if p.side**2 in (16, 32, 64):  # all queries of a block at once
+        key_tiles = Tiles(queries, _rows_of_keys(p.block, 64), 1 if queries == 16 else 2, 1)
+    elif p.block <= 12:
+        key_tiles = Tiles(16, _rows_of_keys(p.block, 64), 2, 2)
     else:
-        key_tiles = Tiles(32, _rows_of_keys(p.block, 128), 4, 1)
+        key_tiles = Tiles(16, _rows_of_keys(p.block, 128), 4, 2)
     return forward_tiles, query_tiles, key_tiles
 
 
