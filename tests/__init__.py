@@ -1,0 +1,1 @@
+"""Tests. A regular package, so that no other installed ``tests`` can shadow the helpers in here."""
