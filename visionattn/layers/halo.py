@@ -5,10 +5,10 @@ load. The other public layout (``to_q``, ``to_kv``, ``to_out``, ``rel_pos_emb``)
 """
 
 import torch
-from timm.layers import make_divisible, trunc_normal_
+from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import nn
 
-from visionattn.ops.halo import halo_attention
+from visionattn.ops.halo import halo_attention_kv
 
 from .mixer import Mixer
 from .registry import register_module
@@ -38,6 +38,7 @@ class RelativeTables(nn.Module):
         trunc_normal_(self.width_rel, std=std)
 
 
+@register_notrace_module  # a map or tokens: the branch in forward depends on the input
 @register_module("halo", "mixer")
 class HaloAttention(Mixer):
     """Blocked local self-attention: every ``block_size`` square of queries sees itself and a halo around it.
@@ -153,10 +154,9 @@ class HaloAttention(Mixer):
         q = self.q(x).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, self.dim_head))
         # one head of kv is [its key | its value]
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, self.dim_head + self.dim_head_v))
-        out = halo_attention(
+        out = halo_attention_kv(
             q,
-            kv[..., : self.dim_head],
-            kv[..., self.dim_head :],
+            kv,
             self.pos_embed.height_rel,
             self.pos_embed.width_rel,
             self.block_size,
