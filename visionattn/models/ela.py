@@ -15,11 +15,11 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from visionattn._timm import InvertedResidual, build_model_with_cfg, generate_default_cfgs, register_model
+from visionattn._timm import InvertedResidual, generate_default_cfgs, register_model
 from visionattn.layers.ela import ELA
 from visionattn.layers.residual import Residual
 
-from ._checkpoint import unwrap_state_dict
+from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 from .mobilenet import V2_ARCH, from_features_names, layer_positions, mobilenet_args
 
 __all__ = ["ElaMobileNetV2", "ElaResNet"]

@@ -26,7 +26,6 @@ from timm.layers import (
 from torch import nn
 
 from visionattn._timm import (
-    build_model_with_cfg,
     checkpoint_seq,
     feature_take_indices,
     generate_default_cfgs,
@@ -34,7 +33,7 @@ from visionattn._timm import (
 )
 from visionattn.layers.halo import HaloAttention
 
-from ._checkpoint import unwrap_state_dict
+from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 
 __all__ = ["HaloNet"]
 

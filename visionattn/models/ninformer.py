@@ -13,7 +13,6 @@ from timm.layers import get_device_dtype, global_pool_nlc, to_2tuple
 from torch import nn
 
 from visionattn._timm import (
-    build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
     feature_take_indices,
@@ -22,7 +21,7 @@ from visionattn._timm import (
 )
 from visionattn.layers.nin import NiNBlock
 
-from ._checkpoint import unwrap_state_dict
+from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 
 __all__ = ["NiNformer"]
 
@@ -35,7 +34,7 @@ class NiNformer(nn.Module):
         patch_size: side of the patches; must divide img_size.
         embed_dim, ffn_dim: width of the tokens and of all feed-forwards.
         depth: number of blocks.
-        drop_rate: dropout inside the feed-forwards (0.5 as released) .
+        drop_rate: dropout inside the feed-forwards (0.5 as released).
 
     Raises:
         ValueError: where patches do not tile the image; in forward, for another input size.
@@ -215,28 +214,26 @@ def _create_ninformer(variant: str, pretrained: bool = False, **kwargs: Any) -> 
 @register_model
 def ninformer_patch4_32(pretrained: bool = False, **kwargs: Any) -> NiNformer:
     """The released configuration (CIFAR, 32 px, 10 classes, 2,652,170 parameters)."""
-    model_args = dict(img_size=32, patch_size=4, embed_dim=256, ffn_dim=512, depth=4, num_classes=10, drop_rate=0.5)
+    model_args = dict(patch_size=4, embed_dim=256, ffn_dim=512, depth=4, drop_rate=0.5)
     return _create_ninformer("ninformer_patch4_32", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ninformer_patch4_28(pretrained: bool = False, **kwargs: Any) -> NiNformer:
     """The released configuration at MNIST's size (28 px, 1 channel)."""
-    model_args = dict(img_size=28, in_chans=1, patch_size=4, embed_dim=256, ffn_dim=512, depth=4, num_classes=10)
+    model_args = dict(patch_size=4, embed_dim=256, ffn_dim=512, depth=4, drop_rate=0.5)
     return _create_ninformer("ninformer_patch4_28", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ninformer_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> NiNformer:
     """A model of our own for 224 px: 384 wide, 12 blocks; not published."""
-    model_args = dict(
-        img_size=224, patch_size=16, embed_dim=384, ffn_dim=768, depth=12, num_classes=1000, drop_rate=0.0
-    )
+    model_args = dict(patch_size=16, embed_dim=384, ffn_dim=768, depth=12, drop_rate=0.0)
     return _create_ninformer("ninformer_small_patch16_224", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_ninformer(pretrained: bool = False, **kwargs: Any) -> NiNformer:
     """A small NiNformer for tests and demonstrations."""
-    model_args = dict(img_size=32, patch_size=4, embed_dim=64, ffn_dim=128, depth=3, num_classes=1000, drop_rate=0.0)
+    model_args = dict(patch_size=4, embed_dim=64, ffn_dim=128, depth=3, drop_rate=0.0)
     return _create_ninformer("test_ninformer", pretrained, **dict(model_args, **kwargs))

@@ -12,10 +12,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from visionattn._timm import build_model_with_cfg, generate_default_cfgs, register_model
+from visionattn._timm import generate_default_cfgs, register_model
 from visionattn.layers.ulsam import ULSAM
 
-from ._checkpoint import unwrap_state_dict
+from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 from .mobilenet import TEST_ARCH, V1_ARCH, V2_ARCH, from_features_names, layer_positions, mobilenet_args
 
 __all__ = ["UlsamMobileNet"]
