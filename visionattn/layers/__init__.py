@@ -3,25 +3,33 @@
 from .ela import ELA
 from .halo import HaloAttention
 from .insert import Insertion, insert
+from .moh import MoHAttention, pop_aux_loss
 from .nin import FeedForward, MixerBlock, MixerGatingUnit, NiNBlock
 from .registry import create_module, list_modules, module_kind, register_module
 from .residual import Residual
+from .transnext import AggregatedAttention, ConvGLU, CosineAttention, OverlapPatchEmbed
 from .ulsam import ULSAM, SubSpace
 
 __all__ = [
     "ELA",
     "ULSAM",
+    "AggregatedAttention",
+    "ConvGLU",
+    "CosineAttention",
     "FeedForward",
     "HaloAttention",
     "Insertion",
     "MixerBlock",
     "MixerGatingUnit",
+    "MoHAttention",
     "NiNBlock",
+    "OverlapPatchEmbed",
     "Residual",
     "SubSpace",
     "create_module",
     "insert",
     "list_modules",
     "module_kind",
+    "pop_aux_loss",
     "register_module",
 ]

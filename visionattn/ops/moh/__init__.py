@@ -1,0 +1,6 @@
+"""Mixture-of-head attention (MoH, arXiv 2410.11842): every token picks the heads it uses."""
+
+from .api import moh_attention
+from .routing import load_balance_loss, scaled_softmax, straight_through_gates, top_k_gates
+
+__all__ = ["load_balance_loss", "moh_attention", "scaled_softmax", "straight_through_gates", "top_k_gates"]
