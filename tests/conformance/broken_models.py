@@ -51,10 +51,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(first_conv="conv7") if name == "wrong_first_conv" else _cfg()
-        for name in DEFECTS
-    }
+    {name: _cfg(first_conv="conv7") if name == "wrong_first_conv" else _cfg() for name in DEFECTS}
 )
 
 

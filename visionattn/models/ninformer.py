@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import get_device_dtype, global_pool_nlc, to_2tuple
+from timm.layers import _assert, get_device_dtype, global_pool_nlc, to_2tuple
 from torch import nn
 
 from visionattn._timm import (
@@ -95,11 +95,12 @@ class NiNformer(nn.Module):
         self.classifier.train(self.training)
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        torch._assert(
-            x.shape[2] == self.img_size[0] and x.shape[3] == self.img_size[1],
-            f"NiNformer: the input is not {self.img_size[0]} x {self.img_size[1]} px, which its token-mixing weights "
-            "are made for: resize it, or build the model with its img_size",
-        )
+        for axis in (0, 1):  # one condition each: a symbolic trace can't join them
+            _assert(
+                x.shape[2 + axis] == self.img_size[axis],
+                f"NiNformer: the input is not {self.img_size[0]} x {self.img_size[1]} px, which its token-mixing "
+                "weights are made for: resize it, or build the model with its img_size",
+            )
         return self.patcher(x).flatten(2).transpose(1, 2)
 
     def forward_intermediates(
