@@ -1,7 +1,9 @@
 """One published mechanism, one file; and the registry of modules."""
 
+from .agent import AgentAttention
 from .ela import ELA
 from .halo import HaloAttention
+from .inline import InLineAttention
 from .insert import Insertion, insert
 from .moh import MoHAttention, pop_aux_loss
 from .nin import FeedForward, MixerBlock, MixerGatingUnit, NiNBlock
@@ -16,8 +18,10 @@ __all__ = [
     "AggregatedAttention",
     "ConvGLU",
     "CosineAttention",
+    "AgentAttention",
     "FeedForward",
     "HaloAttention",
+    "InLineAttention",
     "Insertion",
     "MixerBlock",
     "MixerGatingUnit",

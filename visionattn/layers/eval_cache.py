@@ -1,0 +1,55 @@
+"""Tables that depend on weights only, computed once in eval mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_MAX_ENTRIES = 8
+
+
+class EvalCache(nn.Module):
+    """Keeps what :meth:`cached` computes, in eval mode and where no gradient is wanted.
+
+    An entry is dropped when one of its weights was replaced or changed in place (tensors count their changes, also
+    those through ``state_dict()``), and all are dropped by ``train()``, ``eval()``, ``to()`` and ``load_state_dict()``. Only a
+    write through ``.data`` escapes. Copies and pickles leave the entries out, and state dicts never hold them.
+    """
+
+    __jit_ignored_attributes__ = ["_entries"]
+
+    def __init__(self):
+        super().__init__()
+        self._entries: dict[Any, tuple] = {}
+
+    def cached(self, key: Any, weights: tuple[torch.Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """``compute()``, or what it gave for the same key and the same weights."""
+        wants_grad = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        if self.training or wants_grad or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
+            return compute()
+        versions = tuple(w._version for w in weights)
+        entry = self._entries.get(key)
+        if entry is not None and entry[1] == versions and all(a is b for a, b in zip(entry[0], weights, strict=True)):
+            return entry[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+        if len(self._entries) >= _MAX_ENTRIES:
+            self._entries.clear()
+        self._entries[key] = (weights, versions, value)
+        return value
+
+    def train(self, mode: bool = True):
+        self._entries = {}
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._entries = {}
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._entries = {}
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_entries": {}}
