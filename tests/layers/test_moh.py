@@ -36,16 +36,16 @@ def load(module: torch.nn.Module, manifest: dict) -> torch.nn.Module:
     return module.eval()
 
 
-def built(fixture: str) -> tuple[torch.nn.Module, dict, dict, torch.Tensor]:
+def built(fixture: str) -> tuple[torch.nn.Module, dict, torch.Tensor]:
     manifest, expected = fx.load(FIXTURES / fixture)
     config = {k: v for k, v in manifest["config"].items() if k != "class"}
     module = load(visionattn.create_module("moh", **config), manifest)
-    return module, manifest, expected, torch.from_numpy(fx.inputs(manifest)["x"])
+    return module, expected, torch.from_numpy(fx.inputs(manifest)["x"])
 
 
 @pytest.mark.parametrize("fixture", ATTENTION)
 def test_attention(fixture):
-    module, manifest, expected, x = built(fixture)
+    module, expected, x = built(fixture)
     seen = {}
     module.gates = lambda x, q, gates=module.gates: seen.setdefault("gates", gates(x, q))
     with torch.no_grad():

@@ -63,7 +63,7 @@ class HeadRouter(Mixer):
             )
         if self.routed and top_k == 0 and shared != num_heads:
             raise ValueError(
-                f"{name}: shared_head={shared}, routed_head=0: without routed heads all num_heads={num_heads} are shared"
+                f"{name}: shared_head={shared}, routed_head=0: share all num_heads={num_heads}, or route some"
             )
         self.shared_head, self.routed_head, self.pool = shared, top_k, num_heads - shared
         self.from_queries = router == "query"
@@ -85,9 +85,9 @@ class HeadRouter(Mixer):
                 return torch.ones(x.shape[0], x.shape[1], self.shared_head, device=x.device, dtype=x.dtype)
             return scaled_softmax(self.wg_1(x))
         if self.from_queries:
-            scores = q[:, :, self.shared_head :].norm(dim=-1)
+            scores = torch.linalg.vector_norm(q[:, :, self.shared_head :], dim=-1)
             if self.pool > 1:
-                scores = scores / scores.std(dim=-1, keepdim=True).clamp(min=1e-6)
+                scores = scores / torch.std(scores, dim=-1, keepdim=True).clamp(min=1e-6)
             gates, probs, selected = straight_through_gates(scores, self.routed_head)
         else:
             gates, probs, selected = top_k_gates(self.wg(x), self.routed_head)

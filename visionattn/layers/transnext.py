@@ -43,7 +43,7 @@ def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[t
         index = 2 * queries[:, None] - twice[None] + last
         values = (torch.arange(2 * (q - 1) + last - first + 1, device=device) - last) / 2
     distance = values.to(torch.float32) * 8.0 / max(pretrain - 1, 1)
-    return torch.sign(distance) * torch.log2(distance.abs() + 1.0) / math.log2(8), index
+    return torch.sign(distance) * torch.log2(distance.abs() + 1.0) / 3.0, index  # log2(8)
 
 
 class ContinuousPositionBias(HeadRouter):
@@ -310,8 +310,7 @@ class DepthwiseConv(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        B, N, C = x.shape
-        x = x.transpose(1, 2).reshape(B, C, grid[0], grid[1])
+        x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
         return self.dwconv(x).flatten(2).transpose(1, 2)
 
 

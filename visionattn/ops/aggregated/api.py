@@ -25,7 +25,7 @@ def aggregated_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Pixel-focused attention: a token's neighbourhood and a pooled map under one softmax (arXiv 2311.17132, section 3).
+    """Pixel-focused attention: a token's neighbourhood and a pooled map under one softmax (arXiv 2311.17132).
 
     Queries and keys are normalised here. With u = q / |q| and s_n = tau * log(neighbours inside the map + P)::
 

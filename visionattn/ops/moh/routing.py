@@ -6,8 +6,6 @@ the gates of the shared heads sum to their number, the routed ones to k, the pai
 
 import torch
 
-_EPS = 1.1920928955078125e-07  # float32's; the sum it guards is at least k / E
-
 
 def top_k_gates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of the routed heads (..., E) to (gates, probabilities, selected), each (..., E), at least float32.
@@ -20,7 +18,7 @@ def top_k_gates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     index = probs.detach().topk(k, dim=-1).indices
     selected = torch.zeros_like(probs).scatter(-1, index, 1.0)
     kept = probs * selected
-    return k * kept / kept.sum(dim=-1, keepdim=True).clamp(min=_EPS), probs, selected
+    return k * kept / kept.sum(dim=-1, keepdim=True), probs, selected  # the sum is at least k / E
 
 
 def scaled_softmax(logits: torch.Tensor) -> torch.Tensor:
