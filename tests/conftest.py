@@ -1,7 +1,7 @@
 """Settings of every test: one thread a worker, no network, skips that say why.
 
-Tests of an optional package call :func:`tests.extras.require_extra`; under ``VISIONATTN_REQUIRE_EXTRAS=1``, as CI sets it,
-a missing extra fails them.
+Tests of an optional package call :func:`tests.extras.require_extra`; under ``VISIONATTN_REQUIRE_EXTRAS=1``, as CI sets
+it, a missing extra fails them.
 """
 
 import os
@@ -13,10 +13,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests.extras import missing_module
+from tests.extras import missing_module  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

@@ -1,12 +1,13 @@
 """A pytest plugin that runs timm's ``tests/test_models.py`` over the models of another package.
 
-timm's file enumerates ``timm.list_models(...)`` when it is imported. Under this plugin those calls return a marked, empty
-list; a test that is parametrized with a marked list then gets our models instead, by the table ``TESTS``, and every other
-test of the file (they name models of timm's) is deselected. So timm's assertions run unchanged, and only what they are
-given differs. What was expected to run and did not is a failure, as is an enumerating test that ``TESTS`` does not know.
+timm's file enumerates ``timm.list_models(...)`` when it is imported. Under this plugin those calls return a marked,
+empty list; a test that is parametrized with a marked list then gets our models instead, by the table ``TESTS``, and
+every other test of the file (they name models of timm's) is deselected. So timm's assertions run unchanged, and only
+what they are given differs. What was expected to run and did not is a failure, as is an enumerating test that ``TESTS``
+does not know.
 
-Environment: ``VISIONATTN_CONFORMANCE_MODELS`` (names, with commas between), ``VISIONATTN_CONFORMANCE_IMPORT`` (the module
-that registers them, ``visionattn`` if unset), ``VISIONATTN_CONFORMANCE_SUMMARY`` (a file for the summary).
+Environment: ``VISIONATTN_CONFORMANCE_MODELS`` (names, with commas between), ``VISIONATTN_CONFORMANCE_IMPORT`` (the
+module that registers them, ``visionattn`` if unset), ``VISIONATTN_CONFORMANCE_SUMMARY`` (a file for the summary).
 """
 
 import importlib
@@ -21,7 +22,7 @@ import torch
 
 from .selection import excluded, has_cfg, is_non_std, tags
 
-# timm's enumerating tests and what this plugin calls them; None: they load published weights from the hub, and are not run
+# timm's enumerating tests and what this plugin calls them; None: they load weights from the hub, and are not run
 TESTS: dict[str, str | None] = {
     "test_model_forward": "forward",
     "test_model_backward": "backward",
@@ -48,7 +49,7 @@ ALLOWED_SKIP = "Fixed input size model > limit."
 # timm's limits of two minutes are for its own runners; here one only has to end a hang
 TIMEOUT = 900
 
-MARKERS = "base forward backward cfg cfg_nonstd torchscript features fxforward fxbackward".split()
+MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features", "fxforward", "fxbackward")
 
 
 class Enumeration(list):

@@ -1,15 +1,13 @@
 """Which models the conformance tests run over, and which tests they are excused from."""
 
 import fnmatch
+import functools
 import os
 from typing import NamedTuple
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
-
-# Models that give tokens instead of maps: timm's suite has a list of the same name and checks such models without the
-# spatial parts (``features_only`` pyramids, ``global_pool=''``).
-NON_STD = ("ninformer_*", "test_ninformer")
 
 
 class Exclusion(NamedTuple):
@@ -31,8 +29,48 @@ def excluded(name: str, test: str) -> str | None:
     return None
 
 
+class Skeleton(NamedTuple):
+    """What tells models of one family apart, known without memory for the weights."""
+
+    module: str
+    cls: str
+    layers: frozenset[str]
+    parameters: int
+
+
+@functools.cache
+def skeleton(name: str) -> Skeleton:
+    model = timm.create_model(name, device="meta")
+    layers = frozenset(type(module).__qualname__ for module in model.modules())
+    parameters = sum(p.numel() for p in model.parameters())
+    return Skeleton(model_entrypoint(name).__module__, type(model).__qualname__, layers, parameters)
+
+
 def is_non_std(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.partition(".")[0], pattern) for pattern in NON_STD)
+    """Whether a model gives tokens instead of maps.
+
+    timm's suite keeps a list of such models (NON_STD_FILTERS) and checks them without the spatial parts. Here a model
+    is asked, or the smallest of its family that has the same class.
+    """
+    base = name.partition(".")[0]
+    like = [twin for twin in small(base) if skeleton(twin)[:2] == skeleton(base)[:2]]
+    return _gives_tokens(min([base, *like], key=lambda twin: skeleton(twin).parameters))
+
+
+@functools.cache
+def _gives_tokens(name: str) -> bool:
+    with torch.no_grad():
+        return timm.create_model(name).eval().forward_features(torch.zeros(1, *input_size(name))).ndim == 3
+
+
+def input_size(name: str, limit: int = 128) -> tuple[int, int, int]:
+    """The input size of a model, no larger than ``limit`` where its size is free."""
+    cfg = get_pretrained_cfg(name)
+    if cfg.fixed_input_size:
+        return cfg.input_size
+    if cfg.min_input_size and max(cfg.input_size) > limit:
+        return cfg.min_input_size
+    return (cfg.input_size[0], *(min(side, limit) for side in cfg.input_size[1:]))
 
 
 def ours(package: str = "visionattn") -> list[str]:
@@ -40,9 +78,10 @@ def ours(package: str = "visionattn") -> list[str]:
     return [name for name in timm.list_models() if model_entrypoint(name).__module__.split(".")[0] == package]
 
 
-def small() -> list[str]:
-    """The zoo's ``test_*`` models."""
-    return [name for name in ours() if name.startswith("test_")]
+def small(sibling: str | None = None) -> list[str]:
+    """The zoo's ``test_*`` models; of the package that registered ``sibling``, where given."""
+    package = model_entrypoint(sibling).__module__.split(".")[0] if sibling else "visionattn"
+    return [name for name in ours(package) if name.startswith("test_")]
 
 
 def smallest() -> list[str]:
@@ -54,13 +93,9 @@ def smallest() -> list[str]:
     """
     chosen: dict[tuple, tuple[int, str]] = {}
     for name in ours():
-        if name.startswith("test_"):
-            continue
-        model = timm.create_model(name, device="meta")
-        layers = frozenset(type(module).__qualname__ for module in model.modules())
-        host = (model_entrypoint(name).__module__, type(model).__qualname__, layers)
-        candidate = (sum(p.numel() for p in model.parameters()), name)
-        chosen[host] = min(chosen.get(host, candidate), candidate)
+        if not name.startswith("test_"):
+            *host, parameters = skeleton(name)
+            chosen[tuple(host)] = min(chosen.get(tuple(host), (parameters, name)), (parameters, name))
     return small() + sorted(name for _, name in chosen.values())
 
 

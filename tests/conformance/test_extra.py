@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
 import visionattn  # noqa: F401  (registers the models)
 from tests.extras import require_extra
 
-from .selection import everything, excluded, ours, small, smallest
+from .selection import everything, excluded, input_size, ours, small
 
 NAMES = ours() if everything() else small()
 
@@ -30,22 +30,12 @@ def over_models(test: str):
     return pytest.mark.parametrize("name", [name for name in NAMES if not excluded(name, test)])
 
 
-def size_of(name: str, limit: int = 128) -> tuple[int, int, int]:
-    """The input size of a model, no larger than ``limit`` where its size is free."""
-    cfg = get_pretrained_cfg(name)
-    if cfg.fixed_input_size:
-        return cfg.input_size
-    if cfg.min_input_size and max(cfg.input_size) > limit:
-        return cfg.min_input_size
-    return (cfg.input_size[0], *(min(side, limit) for side in cfg.input_size[1:]))
-
-
 def build(name: str, batch: int = 2, size: tuple[int, int] | None = None, **kwargs):
     """(model in eval mode, input), with values that do not hide anything.
 
     A fresh network has zeros where training starts from an identity (the last norm of a residual block, biases): they
-    would cut the mechanism under test out of the output. All parameters are therefore drawn anew, and the norms' running
-    statistics are moved.
+    would cut the mechanism under test out of the output. All parameters are therefore drawn anew, and the norms'
+    running statistics are moved.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
@@ -57,7 +47,7 @@ def build(name: str, batch: int = 2, size: tuple[int, int] | None = None, **kwar
             if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.8, 1.2)
-    chans, height, width = size_of(name)
+    chans, height, width = input_size(name)
     return model, torch.randn(batch, chans, *(size or (height, width)))
 
 
@@ -85,7 +75,7 @@ def test_export(name, tmp_path):
 
 @over_models("compile")
 def test_compile(name):
-    """torch.compile(fullgraph=True): forward and backward without a graph break. No code is generated: it is slow here."""
+    """torch.compile(fullgraph=True): forward and backward without a graph break; code is generated below only."""
     torch.compiler.reset()
     model, x = build(name)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
