@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-
-class CheckpointError(ValueError):
-    """A file that is not read; the message is one line that says why."""
+from visionattn.models._checkpoint import CheckpointError
 
 
 class CorruptCheckpoint(CheckpointError):
