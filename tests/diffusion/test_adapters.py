@@ -1,0 +1,228 @@
+"""Every adapter: dense where the window covers the grid, the mask's result elsewhere, and removed without a trace."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.extras import require_extra
+
+require_extra("diffusers", "diffusion")
+
+import visionattn  # noqa: E402
+from visionattn.diffusion import Disk, Neighborhood, sparsify  # noqa: E402
+
+from . import tiny  # noqa: E402
+
+NAMES = list(tiny.CASES)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: tiny.randomise(case.build()) for name, case in tiny.CASES.items()}
+
+
+def masked_sdpa(monkeypatch, case, grid, pattern, references=0):
+    """Diffusers' own processors, with the pattern's mask put into PyTorch's attention where lengths are the grid's."""
+    real = F.scaled_dot_product_attention
+    n = torch.Size(grid).numel()
+    extra = references * grid[-1]
+    calls = []
+
+    def attention(query, key, value, attn_mask=None, **kwargs):
+        total = query.shape[-2]
+        text = {n + extra + case.text: case.text, n + extra: 0}.get(total)
+        if text is None or key.shape[-2] != total:
+            return real(query, key, value, attn_mask=attn_mask, **kwargs)
+        mask = torch.ones(total, total, dtype=torch.bool)
+        start = text if case.text_first else 0
+        mask[start : start + n, start : start + n] = pattern.mask(grid)
+        if attn_mask is not None:
+            mask = mask & attn_mask
+        calls.append(total)
+        return real(query, key, value, attn_mask=mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    return calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_is_the_mask(name, models, monkeypatch):
+    case, model = tiny.CASES[name], models[name]
+    grid = tiny.grid_of(case, name)
+    pattern = Neighborhood(3) if case.ndim == 2 else Neighborhood((2, 3, 3))
+    inputs = case.inputs(grid, batch=2)
+    dense = tiny.run(model, inputs)
+    with sparsify(model, pattern) as handle:
+        sparse = tiny.run(model, inputs)
+        report = handle.report()
+    assert all(row["sparse"] > 0 and row["dense"] == 0 for row in report.rows), str(report)
+    assert 0.0 < report.rows[0]["saved"] < 1.0
+    with monkeypatch.context() as m:
+        calls = masked_sdpa(m, case, grid, pattern)
+        expected = tiny.run(model, inputs)
+    assert len(calls) == len(report.rows)
+    torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sparse, dense, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_over_the_grid_is_dense_and_removal_leaves_nothing(name, models):
+    case, model = tiny.CASES[name], models[name]
+    inputs = case.inputs(tiny.grid_of(case, name))
+    before = tiny.run(model, inputs)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    processors = {n: type(m.processor) for n, m in model.named_modules() if hasattr(m, "processor")}
+    handle = sparsify(model, Neighborhood(64))
+    assert torch.equal(tiny.run(model, inputs), before)
+    assert all(row["reason"] == "the pattern covers the whole grid" for row in handle.report().rows)
+    assert list(model.state_dict()) == list(state)
+    handle.remove()
+    handle.remove()
+    assert torch.equal(tiny.run(model, inputs), before)
+    assert {n: type(m.processor) for n, m in model.named_modules() if hasattr(m, "processor")} == processors
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolutions_and_batches(name, models, monkeypatch):
+    case, model = tiny.CASES[name], models[name]
+    pattern = Disk(2)
+    grids = [tiny.grid_of(case, name)]
+    if name != "dit":  # its position table is for one size
+        grids.append((*grids[0][:-2], 4, 7))
+    with sparsify(model, pattern):
+        results = [tiny.run(model, case.inputs(grid, batch=b)) for grid in grids for b in (1, 3)]
+    for i, grid in enumerate(grids):
+        with monkeypatch.context() as m:
+            masked_sdpa(m, case, grid, pattern)
+            expected = tiny.run(model, case.inputs(grid, batch=3))
+        torch.testing.assert_close(results[2 * i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
+def test_reference_tokens_are_always_visible(name, models, monkeypatch):
+    case, model = tiny.CASES[name], models[name]
+    grid = tiny.grid_of(case, name)
+    inputs = case.inputs(grid, references=2)
+    with sparsify(model, Neighborhood(3)) as handle:
+        sparse = tiny.run(model, inputs)
+        assert all(row["sparse"] for row in handle.report().rows)
+    with monkeypatch.context() as m:
+        masked_sdpa(m, case, grid, Neighborhood(3), references=2)
+        expected = tiny.run(model, inputs)
+    torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen", "hunyuan_video"])
+def test_prompts_of_different_lengths(name, models, monkeypatch):
+    case, model = tiny.CASES[name], models[name]
+    grid = tiny.grid_of(case, name)
+    inputs = case.inputs(grid, batch=2, lengths=[2, 4])
+    with sparsify(model, Disk(2)) as handle:
+        sparse = tiny.run(model, inputs)
+        assert all(row["sparse"] for row in handle.report().rows), str(handle.report())
+    with monkeypatch.context() as m:
+        masked_sdpa(m, case, grid, Disk(2))
+        expected = tiny.run(model, inputs)
+    torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])
+def test_a_copy_carries_no_patch(name, models, tmp_path):
+    case, model = tiny.CASES[name], models[name]
+    inputs = case.inputs(tiny.grid_of(case, name))
+    dense = tiny.run(model, inputs)
+    with sparsify(model, Disk(2)):
+        sparse = tiny.run(model, inputs)
+        twin = copy.deepcopy(model)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(tiny.run(twin, inputs), dense)
+        assert torch.equal(tiny.run(model, inputs), sparse)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(tiny.run(loaded, inputs), dense, rtol=1e-5, atol=1e-4)  # memory-mapped: other alignment
+    assert not torch.allclose(sparse, dense, rtol=1e-3, atol=1e-2)
+
+
+def test_dense_steps_follow_the_timestep(models):
+    model, case = models["flux"], tiny.CASES["flux"]
+    inputs = case.inputs()
+    dense = tiny.run(model, {**inputs, "timestep": torch.tensor([0.7])})
+    with sparsify(model, Disk(2), dense_steps=2):
+        for _ in range(2):  # two generations, two passes a step as classifier-free guidance has them
+            sparse = []
+            for t in (1.0, 0.7, 0.4, 0.1):
+                outs = [tiny.run(model, {**inputs, "timestep": torch.tensor([t])}) for _ in range(2)]
+                assert torch.equal(outs[0], outs[1])
+                sparse.append(outs[0])
+            assert torch.equal(sparse[1], dense)
+    with sparsify(model, Disk(2)):
+        assert torch.equal(sparse[2], tiny.run(model, {**inputs, "timestep": torch.tensor([0.4])}))
+    with sparsify(model, Disk(2), dense_until=0.5):
+        assert torch.equal(tiny.run(model, {**inputs, "timestep": torch.tensor([0.7])}), dense)
+        assert torch.equal(tiny.run(model, {**inputs, "timestep": torch.tensor([0.4])}), sparse[2])
+
+
+def test_two_patches_at_once_and_layers(models):
+    a, b = models["flux"], copy.deepcopy(models["flux"])
+    inputs = tiny.CASES["flux"].inputs()
+    with sparsify(a, Disk(2)):
+        alone = tiny.run(a, inputs)
+    with sparsify(a, Disk(2)), sparsify(b, Disk(3), layers=[0, 2]) as second:
+        assert torch.equal(tiny.run(a, inputs), alone)
+        assert not torch.equal(tiny.run(b, inputs), alone)
+        assert [r["layer"] for r in second.report().rows] == [
+            "transformer_blocks.0.attn",
+            "single_transformer_blocks.1.attn",
+        ]
+
+
+def test_another_backend_set_later_becomes_the_dense_one(models):
+    model = copy.deepcopy(models["flux"])
+    inputs = tiny.CASES["flux"].inputs()
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    active = _AttentionBackendRegistry._active_backend
+    try:
+        with sparsify(model, Disk(2)):
+            sparse = tiny.run(model, inputs)
+            model.set_attention_backend("_native_math")
+            assert torch.equal(tiny.run(model, inputs), sparse)
+        processor = model.transformer_blocks[0].attn.processor
+        assert processor._attention_backend.value == "_native_math"
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "sd3"])
+def test_compiled_blocks_stay_whole(name, models):
+    case, model = tiny.CASES[name], copy.deepcopy(models[name])
+    inputs = case.inputs(tiny.grid_of(case, name))
+    with sparsify(model, Disk(2)):
+        eager = tiny.run(model, inputs)
+        for block in model.modules():
+            if type(block).__name__ in (model._repeated_blocks or []):
+                block.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(tiny.run(model, inputs), eager)
+    torch._dynamo.reset()
+
+
+def test_errors_are_one_line(models):
+    model = models["flux"]
+    with pytest.raises(ValueError, match=r"Linear has no adapter; .*FluxTransformer2DModel"):
+        sparsify(torch.nn.Linear(2, 2), Disk(2))
+    with pytest.raises(ValueError, match="no preset is called 'fastest'"):
+        sparsify(model, "fastest")
+    with pytest.raises(ValueError, match="give a Disk, Neighborhood, Cross"):
+        sparsify(model, 16)
+    with pytest.raises(ValueError, match="0 to 2"):
+        sparsify(model, Disk(2), layers=[7])
+    with pytest.raises(ValueError, match="matches none"):
+        sparsify(model, Disk(2), layers="blocks.9*")
+    with sparsify(model, Disk(2)), pytest.raises(ValueError, match="patched already"):
+        sparsify(model, Disk(3))
+    assert tiny.run(model, tiny.CASES["flux"].inputs()) is not None
+    with sparsify(model, Neighborhood(4, dilation=2)), pytest.raises(ValueError, match="window 4 x dilation 2"):
+        tiny.run(model, tiny.CASES["flux"].inputs())
+    assert visionattn.list_modules()

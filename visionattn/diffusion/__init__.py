@@ -1,0 +1,29 @@
+"""Sparse attention inside diffusers' pipelines: one line on, one line off. Needs the extra ``diffusion``."""
+
+try:
+    import diffusers  # noqa: F401
+except ImportError as e:
+    raise ImportError("visionattn.diffusion needs diffusers: pip install 'visionattn[diffusion]'") from e
+
+from visionattn.ops.local.patterns import Cross, Disk, Neighborhood
+
+from .adapters import Adapter, Site, register_adapter
+from .layout import GridError, Layout
+from .patch import Handle, sparsify
+from .presets import PRESETS
+from .report import Report
+
+__all__ = [
+    "PRESETS",
+    "Adapter",
+    "Cross",
+    "Disk",
+    "GridError",
+    "Handle",
+    "Layout",
+    "Neighborhood",
+    "Report",
+    "Site",
+    "register_adapter",
+    "sparsify",
+]

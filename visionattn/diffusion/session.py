@@ -1,0 +1,300 @@
+"""The patch of one transformer: what each layer does, and what the current call looks like."""
+
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionattn.ops.local import local_attention
+from visionattn.ops.local.patterns import Pattern
+
+from . import dispatch
+from .adapters import Adapter, Site
+from .layout import GridError, Layout
+
+
+@dataclass
+class Timing:
+    """Calls and seconds of a layer, dense and sparse; filled if the session is asked to measure."""
+
+    calls: dict[str, int] = field(default_factory=lambda: {"sparse": 0, "dense": 0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"sparse": 0.0, "dense": 0.0})
+
+
+class Layer:
+    """One patched attention: its pattern, and the attention function that its processor calls."""
+
+    def __init__(self, session: "Session", site: Site, pattern: Pattern, backend: str):
+        self.session = session
+        self.site = site
+        self.pattern = pattern
+        self.backend = backend
+        self.pool_weight: torch.Tensor | None = None  # CLEAR's, (f, f), shared by heads and channels
+        self.timing = Timing()
+        self.reason: str | None = None  # why the last call was dense
+        self.previous: Any = None
+        self.member = None
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """Tensors (B, N, H, D), as diffusers' dispatcher passes them."""
+        reason = self._why_dense(query.shape[1], key.shape[1], attn_mask, dropout_p, is_causal, _parallel_config)
+        timed = self.session.timing and not torch.compiler.is_compiling()
+        start = _now(query) if timed else 0.0
+        if reason is not None:
+            out = dispatch.dense(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=enable_gqa, backend=self.previous, parallel_config=_parallel_config,
+            )  # fmt: skip
+        else:
+            out = self.sparse(query, key, value, scale)
+        if not torch.compiler.is_compiling():
+            self._note(reason, _now(query) - start if timed else 0.0)
+        return out
+
+    def _note(self, reason: str | None, seconds: float = 0.0) -> None:
+        self.reason = reason
+        kind = "sparse" if reason is None else "dense"
+        self.timing.calls[kind] += 1
+        self.timing.seconds[kind] += seconds
+
+    def stays_dense(self, length: int, attn_mask: torch.Tensor | None) -> bool:
+        """Whether a processor of ours hands this call on to the one that was there."""
+        reason = self._why_dense(length, length, attn_mask, 0.0, False, None)
+        if not torch.compiler.is_compiling():
+            self._note(reason)
+        return reason is not None
+
+    def _why_dense(self, queries, keys, attn_mask, dropout_p, is_causal, parallel) -> str | None:
+        session = self.session
+        layout = session.layout
+        if session.dense_now:
+            return "dense step"
+        if layout is None:
+            return session.problem or "the grid is not known"
+        role = layout.role(queries, keys)
+        if role is None:
+            return f"{queries} queries and {keys} keys are not the grid's attention"
+        if is_causal or dropout_p > 0.0:
+            return "causal or with dropout"
+        if parallel is not None:
+            return "sequence parallelism splits the grid"
+        if attn_mask is not None and not (layout.padded_text and role == "joint"):
+            return "it has a mask that is not the text's padding"
+        if self.pattern.dense(layout.grid):
+            return "the pattern covers the whole grid"
+        return None
+
+    def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """The layer's pattern on a call that :meth:`_why_dense` let through."""
+        layout = self.session.layout
+        role = layout.role(q.shape[1], k.shape[1])
+        text = layout.text if role == "joint" else 0
+        lengths = self.session.text_lengths if text and layout.padded_text else None
+        first = layout.text_first
+        if layout.extra:  # references become text, which needs them beside it
+            if lengths is not None:
+                raise ValueError("reference tokens beside padded text are not supported: pass unpadded prompts")
+            q, k, v = (_gather(x, layout, text) for x in (q, k, v))
+            first = True
+        always = text + layout.extra
+        scale = self.session.scale(q.shape[-1], scale, self, always)
+        extra_k = extra_v = None
+        if self.pool_weight is not None:
+            part = slice(always, None) if first or not always else slice(0, layout.tokens)
+            extra_k, extra_v = (pool(x[:, part], layout.grid, self.pool_weight) for x in (k, v))
+        out = local_attention(
+            q, k, v, layout.grid, self.pattern, text=always, text_first=first, text_lengths=lengths,
+            extra_k=extra_k, extra_v=extra_v, scale=scale, backend=self.backend,
+        )  # fmt: skip
+        return _scatter(out, layout, text) if layout.extra else out
+
+
+def _gather(x: torch.Tensor, layout: Layout, text: int) -> torch.Tensor:
+    """[text | grid | extra] or [grid | extra | text] as [text | extra | grid]."""
+    start = text if layout.text_first else 0
+    grid, extra = (
+        x[:, start : start + layout.tokens],
+        x[:, start + layout.tokens : start + layout.tokens + layout.extra],
+    )
+    words = x[:, :text] if layout.text_first else x[:, layout.tokens + layout.extra :]
+    return torch.cat([words, extra, grid], dim=1)
+
+
+def _scatter(x: torch.Tensor, layout: Layout, text: int) -> torch.Tensor:
+    words, extra, grid = x.split([text, layout.extra, layout.tokens], dim=1)
+    return torch.cat([words, grid, extra] if layout.text_first else [grid, extra, words], dim=1)
+
+
+def pool(x: torch.Tensor, grid: tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
+    """CLEAR's pooled keys or values: (B, h * w, H, D) to (B, (h / f) * (w / f), H, D) by an (f, f) weighting."""
+    f = weight.shape[0]
+    h, w = grid
+    blocks = x.unflatten(1, (h // f, f, w // f, f))
+    return torch.einsum("bifjghd,fg->bijhd", blocks, weight.to(x.dtype)).flatten(1, 2)
+
+
+def _now(tensor: torch.Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+class Session:
+    """A patched transformer. Nothing of it is in the module's state dict, and a copy of the module carries none of it.
+
+    Args:
+        transformer: the network; a compiled one (``torch.compile``) is patched inside, its hook runs outside.
+        dense_steps: leading steps of every generation that stay dense.
+        dense_until: timesteps (in the transformer's own unit) above which a step stays dense.
+        timing: measure each call; a GPU waits for it.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        adapter: Adapter,
+        dense_steps: int = 0,
+        dense_until: float | None = None,
+        timing: bool = False,
+        proportional: int | None = None,
+    ):
+        self.outer = transformer
+        self.module = getattr(transformer, "_orig_mod", transformer)
+        self.adapter = adapter
+        self.dense_steps = dense_steps
+        self.dense_until = dense_until
+        self.timing = timing
+        self.proportional = proportional
+        self.layers: dict[str, Layer] = {}
+        self.layout: Layout | None = None
+        self.text_lengths: torch.Tensor | None = None
+        self.problem: str | None = None
+        self.dense_now = False
+        self.steps_seen = 0
+        self.dense_done = 0
+        self._last_timestep: float | None = None
+        self._grids: dict[int, tuple[Any, Any]] = {}
+        self._hook = None
+
+    def install(self, layers: list[Layer]) -> None:
+        """Puts the layers' functions into their processors; all or none."""
+        done = []
+        try:
+            for layer in layers:
+                layer.site.install(layer)
+                done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.site.restore(layer)
+            raise
+        self.layers = {layer.site.name: layer for layer in layers}
+        self._hook = self.outer.register_forward_pre_hook(_Hook(self), with_kwargs=True, prepend=True)
+
+    def remove(self) -> None:
+        """Restores every processor; the transformer is what it was before."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        for layer in self.layers.values():
+            layer.site.restore(layer)
+
+    def scale(self, dim: int, scale: float | None, layer: Layer, always: int) -> float | None:
+        """CLEAR's proportional attention: the entropy of the training length kept at another one (1.3)."""
+        if self.proportional is None:
+            return scale
+        import math
+
+        keys = self.layout.tokens + always
+        if layer.pool_weight is not None:
+            keys *= 10
+        return math.sqrt(math.log(keys, self.proportional) / dim)
+
+    def before_call(self, args: tuple, kwargs: dict) -> None:
+        """Finds this call's grid and step, before the transformer runs."""
+        for layer in self.layers.values():
+            layer.site.keep(layer)
+        try:
+            call = self.adapter.bind(self.module, args, kwargs)
+            self.layout, self.text_lengths = self.adapter.layout(self.module, call, self._grid_cache)
+            self.problem = None
+        except GridError as e:
+            self.layout, self.text_lengths, self.problem = None, None, str(e)
+        if self.layout is not None:
+            for layer in self.layers.values():
+                layer.pattern.check(self.layout.grid)
+        self._count_step(call.get("timestep") if self.problem is None else None)
+
+    def _count_step(self, timestep: Any) -> None:
+        if not self.dense_steps and self.dense_until is None:
+            return
+        if timestep is None:
+            self.dense_now = False
+            return
+        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        last = self._last_timestep
+        if last is None or now > last:  # timesteps fall: a rise is a new generation
+            self.steps_seen = 0
+        elif now < last:
+            self.steps_seen += 1
+        self._last_timestep = now
+        by_count = self.steps_seen < self.dense_steps
+        self.dense_now = by_count or (self.dense_until is not None and now > self.dense_until)
+        self.dense_done = max(self.dense_done, self.steps_seen + 1) if self.dense_now else self.dense_done
+
+    def _grid_cache(self, ids: torch.Tensor, make: Any) -> Any:
+        """``make(ids)`` once per distinct tensor: reading ids makes a GPU wait."""
+        known = self._grids.get(id(ids))
+        if known is not None and known[0]() is ids:
+            return known[1]
+        value = make(ids)
+        if len(self._grids) > 64:
+            self._grids.clear()
+        self._grids[id(ids)] = (weakref.ref(ids), value)
+        return value
+
+
+class _Hook:
+    """The transformer's forward pre-hook. In a copy of the transformer (``copy.deepcopy``) it undoes the patch."""
+
+    def __init__(self, session: Session | None):
+        self.session = session
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.session is None:
+            self.clean(module)
+        elif module is self.session.outer or module is self.session.module:
+            self.session.before_call(args, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "_Hook":
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (None,)
+
+    def clean(self, module: nn.Module) -> None:
+        for child in module.modules():
+            processor = getattr(child, "processor", None)
+            if dispatch.is_ours(getattr(processor, "_attention_backend", None)):
+                del processor._attention_backend  # the class's None is behind it
+            if hasattr(processor, "visionattn_original"):
+                child.set_processor(processor.visionattn_original)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is self:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
