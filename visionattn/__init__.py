@@ -7,8 +7,29 @@ Importing it registers every backbone of the zoo with timm (``timm.create_model`
 from . import models
 from .layers.insert import insert
 from .layers.registry import create_module, list_modules
+from .models.dit import create_dit
 from .ops.local.patterns import Cross, Disk, Neighborhood
 
 __version__ = "0.1.0"
 
-__all__ = ["Cross", "Disk", "Neighborhood", "__version__", "create_module", "insert", "list_modules", "models"]
+__all__ = [
+    "Cross",
+    "Disk",
+    "Neighborhood",
+    "__version__",
+    "create_dit",
+    "create_module",
+    "insert",
+    "list_modules",
+    "models",
+]
+
+_LAZY = {"sparsify": "visionattn.diffusion"}  # needs an extra, and its imports cost seconds
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'visionattn' has no attribute {name!r}")
