@@ -149,7 +149,7 @@ def _ltx_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
 def _dit() -> torch.nn.Module:
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=12,
-        patch_size=2, num_embeds_ada_norm=10,
+        patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ except ImportError as e:
 from visionattn.ops.local.patterns import Cross, Disk, Neighborhood
 
 from .adapters import Adapter, Site, register_adapter
+from .clear import load_clear, rope_factor, upscale_generate
 from .layout import GridError, Layout
 from .patch import Handle, sparsify
 from .presets import PRESETS
@@ -24,6 +25,9 @@ __all__ = [
     "Neighborhood",
     "Report",
     "Site",
+    "load_clear",
     "register_adapter",
+    "rope_factor",
     "sparsify",
+    "upscale_generate",
 ]

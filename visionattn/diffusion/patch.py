@@ -20,11 +20,14 @@ class Handle:
     def __init__(self, sessions: list[Session], note: str | None = None):
         self.sessions = sessions
         self.note = note
+        self.on_remove: list[Callable[[], Any]] = []
 
     def remove(self) -> None:
         """The transformers are what they were: outputs are the same to the bit."""
         for session in self.sessions:
             session.remove()
+        while self.on_remove:
+            self.on_remove.pop()()
 
     def report(self) -> Report:
         """Per layer: pattern, share of the pairs that it skips, calls, time if measured, and why calls were dense."""
