@@ -1,0 +1,136 @@
+"""Which tiles a tile visits, for patterns that are not boxes: small integer tables that the kernels read.
+
+A table holds, for a class of owner tiles, the offsets of the tiles they visit: those that need a mask first. Tiles far
+from every border share one class, so that a disk's table does not grow with the grid.
+
+Layout (int32): class of each tile row, class of each tile column, (begin, full, end) of each class, offsets (y and x,
+16 bits each).
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from .patterns import Axis, Cross, Disk, Grid
+
+Tile = tuple[int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def disk_stencil(radius_sq: int, own: Tile, other: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (visits, 2) of `other` tiles that cover all tokens within the radius of an `own` tile; which are full.
+
+    Bands of tile rows are placed so that the fewest tiles are needed, and each band's tiles are centred.
+    """
+    reach = math.isqrt(radius_sq - 1)
+    (oh, ow), (th, tw) = own, other
+    rows = oh + 2 * reach
+    bands = -(-rows // th)
+    best = None
+    for shift in range(bands * th - rows + 1):
+        offsets = []
+        for band in range(bands):
+            top = -reach - shift + band * th
+            widest = -1
+            for y in range(max(top, -reach), min(top + th, oh + reach)):
+                gap = max(0, -y, y - oh + 1)
+                widest = max(widest, math.isqrt(radius_sq - 1 - gap * gap))
+            if widest < 0:
+                continue
+            count = -(-(ow + 2 * widest) // tw)
+            left = -((count * tw - ow) // 2)
+            offsets += [(top, left + i * tw) for i in range(count)]
+        array = np.array(offsets, np.int64)
+        far_y = np.maximum(np.abs(array[:, 0] - oh + 1), np.abs(array[:, 0] + th - 1))
+        far_x = np.maximum(np.abs(array[:, 1] - ow + 1), np.abs(array[:, 1] + tw - 1))
+        full = far_y**2 + far_x**2 < radius_sq
+        key = (len(array), -int(full.sum()))
+        if best is None or key < best[0]:
+            best = key, array, full
+    return best[1], best[2]
+
+
+def _border_classes(length: int, own: int, offsets: np.ndarray, other: int):
+    """Class of each owner tile of an axis; per class and offset: whether the tile meets the axis, whether it fits."""
+    origin = np.arange(-(-length // own)) * own
+    at = origin[:, None] + offsets[None, :]
+    state = (at + other > 0) & (at < length), (at >= 0) & (at + other <= length)
+    _, index, inverse = np.unique(np.packbits(np.hstack(state), axis=1), axis=0, return_index=True, return_inverse=True)
+    return inverse.reshape(-1), state[0][index], state[1][index]
+
+
+def _pack(offsets: np.ndarray) -> np.ndarray:
+    return ((offsets[..., 0] << 16) | (offsets[..., 1] & 0xFFFF)).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def disk_table(radius_sq: int, grid: Grid, own: Tile, other: Tile) -> tuple[np.ndarray, int]:
+    """The table of a disk, and its number of column classes."""
+    offsets, full = disk_stencil(radius_sq, own, other)
+    class_y, meets_y, fits_y = _border_classes(grid[0], own[0], offsets[:, 0], other[0])
+    class_x, meets_x, fits_x = _border_classes(grid[1], own[1], offsets[:, 1], other[1])
+    visited = meets_y[:, None] & meets_x[None, :]
+    whole = visited & fits_y[:, None] & fits_x[None, :] & full
+    rank = np.where(visited, np.where(whole, 1, 0), 2).reshape(-1, len(offsets))
+    order = np.argsort(rank, axis=1, kind="stable")
+    first = len(class_y) + len(class_x) + 3 * len(rank)
+    begin = first + np.arange(len(rank)) * len(offsets)
+    heads = np.stack([begin, begin + (rank == 0).sum(1), begin + (rank < 2).sum(1)], 1)
+    table = np.concatenate([class_y, class_x, heads.ravel(), _pack(offsets)[order].ravel()])
+    return table.astype(np.int32), len(meets_x)
+
+
+def _tiles_of_axis(axis: Axis, own: int, other: int, keys_own: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(own tiles, other tiles): whether any pair, and whether every pair of an existing owner, is visible."""
+    mask = axis.mask().T if keys_own else axis.mask()
+    n_own, n_other = -(-axis.length // own), -(-axis.length // other)
+    seen = np.zeros((n_own * own, n_other * other), bool)
+    seen[: axis.length, : axis.length] = mask
+    seen = seen.reshape(n_own, own, n_other, other)
+    every = seen.copy().reshape(n_own * own, -1)
+    every[axis.length :] = True
+    return seen.any((1, 3)), every.reshape(seen.shape).all((1, 3))
+
+
+@functools.lru_cache(maxsize=32)
+def cross_table(pattern: Cross, grid: Grid, own: Tile, other: Tile, keys_own: bool) -> tuple[np.ndarray, int]:
+    """The table of a cross: every tile is a class of its own, since bands cross the whole grid."""
+    axes = pattern.axes(grid)
+    (any_y, all_y), (any_x, all_x) = (
+        _tiles_of_axis(axis, a, b, keys_own) for axis, a, b in zip(axes, own, other, strict=True)
+    )
+    fits = [np.arange(any_.shape[1]) * b + b <= n for any_, b, n in zip((any_y, any_x), other, grid, strict=True)]
+    shape = (any_y.shape[0], any_x.shape[0], any_y.shape[1], any_x.shape[1])
+    visited = any_y[:, None, :, None] | any_x[None, :, None, :]
+    whole = (all_y[:, None, :, None] | all_x[None, :, None, :]) & fits[0][None, None, :, None] & fits[1]
+    parts = [np.nonzero((visited & ~whole).reshape(-1, shape[2] * shape[3])), np.nonzero(whole.reshape(visited.shape)
+             .reshape(-1, shape[2] * shape[3]))]  # fmt: skip
+    classes = shape[0] * shape[1]
+    counts = [np.bincount(owner, minlength=classes) for owner, _ in parts]
+    owner = np.concatenate([part[0] for part in parts])
+    visit = np.concatenate([part[1] for part in parts])
+    order = np.argsort(owner, kind="stable")
+    owner, visit = owner[order], visit[order]
+    offsets = np.stack([
+        visit // shape[3] * other[0] - owner // shape[1] * own[0],
+        visit % shape[3] * other[1] - owner % shape[1] * own[1],
+    ], 1)  # fmt: skip
+    first = shape[0] + shape[1] + 3 * classes
+    end = first + np.cumsum(counts[0] + counts[1])
+    begin = end - counts[0] - counts[1]
+    heads = np.stack([begin, begin + counts[0], end], 1)
+    table = np.concatenate([np.arange(shape[0]), np.arange(shape[1]), heads.ravel(), _pack(offsets)])
+    return table.astype(np.int32), shape[1]
+
+
+def radius_squared(pattern: Disk) -> int:
+    """The integer that squared distances of visible pairs stay below."""
+    return math.ceil(pattern.radius**2)
+
+
+def table_for(pattern, grid: Grid, own: Tile, other: Tile, keys_own: bool) -> tuple[np.ndarray, int]:
+    """The table of a pattern on a 2-D grid: `own` tiles are queries', or keys' for the backward pass."""
+    if isinstance(pattern, Disk):
+        return disk_table(radius_squared(pattern), grid, own, other)
+    return cross_table(pattern, grid, own, other, keys_own)
