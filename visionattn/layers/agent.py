@@ -21,9 +21,10 @@ from visionattn.ops.depthwise import depthwise_residual
 from .eval_cache import EvalCache
 from .mixer import Mixer
 from .registry import register_module
-from .stripes import stripe_shape, stripes, stripes_back
+from .stripes import pad_to, stripe_shape, stripes, stripes_back
 
 TABLES = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
+LINE_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}  # where a row or column table has its places
 
 
 @register_notrace_module  # its tables follow the grid, which a tracer doesn't know
@@ -229,12 +230,18 @@ class AgentAttention(EvalCache, Mixer):
     def _stripes(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(3, B, N, C) queries, keys and values to (B, N, C): each stripe for itself."""
         shape = stripe_shape(self.idx, self.split_size, grid)
-        B = x.shape[1]
-        tokens = stripes(x.flatten(0, 1), grid, shape)
-        tokens = tokens.reshape(3, -1, tokens.shape[1], tokens.shape[2])
         assert self.get_v is not None
-        out = self._mix(tokens[0], tokens[1], tokens[2], shape, self.get_v.weight, self.get_v.bias)
-        return stripes_back(out, B, grid, shape)
+        weight, bias = self.get_v.weight, self.get_v.bias
+        if shape[0] == grid[0] and shape[1] == grid[1]:
+            return self._mix(x[0], x[1], x[2], grid, weight, bias)
+        B, C = x.shape[1], x.shape[3]
+        padded = pad_to(grid, shape)
+        x = x.reshape(3 * B, grid[0], grid[1], C)
+        x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
+        x = stripes(x.reshape(3 * B, padded[0] * padded[1], C), padded, shape)
+        x = x.reshape(3, -1, shape[0] * shape[1], C)
+        out = stripes_back(self._mix(x[0], x[1], x[2], shape, weight, bias), B, padded, shape)
+        return out.reshape(B, padded[0], padded[1], C)[:, : grid[0], : grid[1]].reshape(B, -1, C)
 
     def forward(
         self,
@@ -242,6 +249,7 @@ class AgentAttention(EvalCache, Mixer):
         grid: tuple[int, int] | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        x_mean: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert attn_mask is None and not is_causal, "AgentAttention takes no mask"
         on = self.grid if grid is None else grid
@@ -268,7 +276,7 @@ class AgentAttention(EvalCache, Mixer):
 def resize_lines(name: str, table: torch.Tensor, size: int) -> torch.Tensor:
     """A row or column table (``ah_bias``, ``aw_bias``, ``ha_bias``, ``wa_bias``) for ``size`` places, by linear
     interpolation along its one spatial axis, as the authors' loader does for another resolution."""
-    axis = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}[name]
+    axis = LINE_AXIS[name]
     if table.shape[axis] == size:
         return table
     lines = table.movedim(axis, -1)

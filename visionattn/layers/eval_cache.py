@@ -17,11 +17,12 @@ class EvalCache(nn.Module):
     write through ``.data`` escapes. Copies and pickles leave the entries out, and state dicts never hold them.
     """
 
-    __jit_ignored_attributes__ = ["_entries"]
+    __jit_ignored_attributes__ = ["_entries", "_constants"]
 
     def __init__(self):
         super().__init__()
         self._entries: dict[Any, tuple] = {}
+        self._constants: dict[Any, torch.Tensor] = {}
 
     def cached(self, key: Any, weights: tuple[torch.Tensor, ...], compute: Callable[[], Any]) -> Any:
         """``compute()``, or what it gave for the same key and the same weights."""
@@ -39,6 +40,19 @@ class EvalCache(nn.Module):
         self._entries[key] = (weights, versions, value)
         return value
 
+    def constant(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``compute()``, which depends on the key alone, kept in training too."""
+        if torch.compiler.is_compiling():
+            return compute()
+        entry = self._constants.get(key)
+        if entry is None:
+            with torch.inference_mode(False), torch.no_grad():
+                entry = compute()
+            if len(self._constants) >= _MAX_ENTRIES:
+                self._constants.clear()
+            self._constants[key] = entry
+        return entry
+
     def train(self, mode: bool = True):
         self._entries = {}
         return super().train(mode)
@@ -52,4 +66,4 @@ class EvalCache(nn.Module):
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        return {**self.__dict__, "_entries": {}}
+        return {**self.__dict__, "_entries": {}, "_constants": {}}

@@ -12,9 +12,16 @@ def stripe_shape(idx: int, split_size: tuple[int, int], grid: tuple[int, int]) -
     return split_size[0], grid[1]
 
 
+def pad_to(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The smallest grid that windows of this shape tile."""
+    H = grid[0] + (shape[0] - grid[0] % shape[0]) % shape[0]
+    W = grid[1] + (shape[1] - grid[1] % shape[1]) % shape[1]
+    return H, W
+
+
 def stripes(x: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
     """(B, H * W, C) to (B * windows, h * w, C), windows and tokens row by row; shape divides the grid."""
-    B, N, C = x.shape
+    B, C = x.shape[0], x.shape[2]
     (H, W), (h, w) = grid, shape
     if w == W:  # whole rows lie together already
         return x.reshape(B * (H // h), h * w, C)
