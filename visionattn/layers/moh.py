@@ -66,6 +66,7 @@ class HeadRouter(Mixer):
                 f"{name}: shared_head={shared}, routed_head=0: share all num_heads={num_heads}, or route some"
             )
         self.shared_head, self.routed_head, self.pool = shared, top_k, num_heads - shared
+        self.active = (shared + top_k) / num_heads if self.routed else 1.0
         self.from_queries = router == "query"
         linear = self.routed and router == "linear"
 
@@ -237,5 +238,5 @@ class MoHAttention(HeadRouter):
         if bias is not None:
             bias = bias.expand(B, self.num_heads, N, N)
         dropout = self.attn_drop if self.training else 0.0
-        out = moh_attention(q, k, v, gates, self.scale, bias, dropout, self.backend)
+        out = moh_attention(q, k, v, gates, self.scale, bias, dropout, self.backend, self.active)
         return self.proj_drop(self.proj(self.norm(out.flatten(2))))

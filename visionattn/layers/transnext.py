@@ -181,7 +181,7 @@ class CosineAttention(ContinuousPositionBias):
         q = (q + self.query_embedding.view(self.num_heads, self.head_dim)) * scale.view(self.num_heads, 1)
         bias = self.cached_bias(grid, grid).to(v.dtype)
         dropout = self.attn_drop if self.training else 0.0
-        out = moh_attention(q.to(v.dtype), k.to(v.dtype), v, gates, 1.0, bias, dropout, self.backend)
+        out = moh_attention(q.to(v.dtype), k.to(v.dtype), v, gates, 1.0, bias, dropout, self.backend, self.active)
         return self.proj_drop(self.proj(out.flatten(2)))
 
 

@@ -36,7 +36,7 @@ def straight_through_gates(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, 
     probs = scores.softmax(dim=-1, dtype=dtype)
     index = probs.detach().topk(k, dim=-1).indices
     selected = torch.zeros_like(probs).scatter(-1, index, 1.0)
-    return selected * (1.0 + probs - probs.detach()), probs, selected
+    return selected * (1.0 + (probs - probs.detach())), probs, selected
 
 
 def load_balance_loss(probs: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:

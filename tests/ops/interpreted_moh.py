@@ -1,0 +1,75 @@
+"""The Triton kernels of mixture-of-head attention, interpreted on a CPU. test_moh.py runs this file."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from visionattn.ops.moh import fused, moh_attention
+from visionattn.ops.moh.reference import moh_attention_reference
+
+# B, N, M, heads, D, share of tokens that choose a head, tiles, dtype
+SMALL = fused.Tiles(16, 16, 4, 1)
+CASES = {
+    "tiles that do not fit": (2, 37, 37, 3, 16, 0.5, SMALL, torch.float32),
+    "keys that fit": (1, 40, 32, 2, 32, 0.7, SMALL, torch.float32),
+    "72 channels as 64 and 16": (1, 20, 19, 2, 72, 0.5, SMALL, torch.float32),
+    "24 channels": (1, 33, 17, 2, 24, 0.5, SMALL, torch.float32),
+    "12 channels": (1, 33, 17, 2, 12, 0.5, SMALL, torch.float32),
+    "more tokens than a chunk": (1, 1100, 16, 1, 16, 0.02, SMALL, torch.float32),
+    "all and none": (1, 24, 24, 3, 16, None, SMALL, torch.float32),
+    "half precision": (1, 40, 40, 2, 16, 0.5, SMALL, torch.float16),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_is_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inside_nan(x: torch.Tensor) -> torch.Tensor:
+    """x as a view of a larger tensor of NaN: what a kernel reads beside it shows."""
+    big = torch.full([n + 4 for n in x.shape], float("nan"), dtype=x.dtype)
+    view = big[tuple(slice(2, 2 + n) for n in x.shape)]
+    return view.copy_(x)
+
+
+def problem(case):
+    B, N, M, heads, dim, share, tiles, dtype = CASES[case]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, n, heads, dim).to(dtype) for n in (N, M, M))
+    gates = torch.rand(B, N, heads) + 0.1
+    if share is None:
+        gates[..., 1] = 0.0  # nobody; head 0 and 2 are everybody's
+    else:
+        gates = gates * (torch.rand(B, N, heads) < share)
+    return q, k, v, gates, dim**-0.5, tiles
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels(case):
+    q, k, v, gates, scale, tiles = problem(case)
+    expected = moh_attention_reference(q.double(), k.double(), v.double(), gates.double(), scale)
+    got = fused.forward(inside_nan(q), inside_nan(k), inside_nan(v), inside_nan(gates), scale, tiles)
+    assert ((got.double() - expected).norm() / expected.norm()).item() < TOLERANCE[q.dtype]
+    assert (got[gates == 0] == 0).all()
+
+
+def test_operator():
+    q, k, v, gates, scale, _ = problem("keys that fit")
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(torch.ops.visionattn.moh_attention.default, (q, k, v, gates, scale))
+    expected = moh_attention(q, k, v, gates, backend="reference")
+    torch.testing.assert_close(moh_attention(q, k, v, gates, backend="triton"), expected)
+    program = torch.compile(lambda *args: moh_attention(*args, backend="triton"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(program(q, k, v, gates), expected)
+    with pytest.raises(ValueError, match="no gradient"):
+        moh_attention(q.requires_grad_(), k, v, gates, backend="triton")
