@@ -5,7 +5,9 @@ from .ela import ELA
 from .halo import HaloAttention
 from .inline import InLineAttention
 from .insert import Insertion, insert
+from .mala import MALA
 from .moh import MoHAttention, pop_aux_loss
+from .neighborhood import NeighborhoodAttention
 from .nin import FeedForward, MixerBlock, MixerGatingUnit, NiNBlock
 from .registry import create_module, list_modules, module_kind, register_module
 from .residual import Residual
@@ -22,10 +24,12 @@ __all__ = [
     "FeedForward",
     "HaloAttention",
     "InLineAttention",
+    "MALA",
     "Insertion",
     "MixerBlock",
     "MixerGatingUnit",
     "MoHAttention",
+    "NeighborhoodAttention",
     "NiNBlock",
     "OverlapPatchEmbed",
     "Residual",
