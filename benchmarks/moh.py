@@ -1,0 +1,241 @@
+"""Mixture-of-head attention at inference against dense fused attention, and whole networks.
+
+    python benchmarks/moh.py                        # operator, DiT and MoH-ViT, about 8 minutes on an H100
+    python benchmarks/moh.py --parts operator --tune
+
+The operator's times are GPU times of CUDA graphs (of events where a backend cannot be captured), medians over runs in
+turns, after outputs agree. `dense` is PyTorch's scaled_dot_product_attention alone, without gates.
+Writes benchmarks/results/moh-<gpu>-torch<version>.csv (or --out), and prints a table.
+"""
+
+import argparse
+import csv
+import gc
+import itertools
+import re
+import statistics
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import triton
+
+import visionattn
+from visionattn.layers.moh import pop_aux_loss, split_heads
+from visionattn.ops.moh import fused, moh_attention, top_k_gates
+
+TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+HEADS = {"16 x 64": (16, 64), "16 x 72": (16, 72), "32 x 64": (32, 64)}
+ACTIVE = (0.9, 0.75, 0.5)
+
+
+def problem(tokens: int, heads: int, dim: int, active: float, skew: float, batch_tokens: int):
+    """q, k, v as one projection makes them, and gates; `skew` makes some heads more popular than others."""
+    torch.manual_seed(0)
+    batch = max(1, batch_tokens // tokens)
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
+    shared, k = split_heads(heads, active)
+    pool = heads - shared
+    logits = torch.randn(batch, tokens, pool, device="cuda") + skew * torch.linspace(-1, 1, pool, device="cuda")
+    routed, _, _ = top_k_gates(logits, k)
+    gates = torch.cat([torch.ones(batch, tokens, shared, device="cuda"), routed], dim=-1)
+    return (*qkv.unbind(2), gates)
+
+
+def dense(q, k, v):
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def captured(run):
+    """`run` as a CUDA graph, or itself where that cannot be."""
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay, "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run, "events"
+
+
+def in_turns(runs: dict, repeats: int = 10, rounds: int = 3) -> dict[str, float]:
+    """Median milliseconds of each."""
+    times = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    for _, (name, run) in itertools.product(range(rounds), runs.items()):
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def agree(got, expected, what: str, limit: float = 0.02) -> None:
+    error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error <= limit:
+        raise RuntimeError(f"{what}: outputs differ by {error:.3g}, so nothing is timed")
+
+
+@torch.no_grad()
+def bench_operator(args, report) -> None:
+    for (label, (heads, dim)), active, tokens in itertools.product(HEADS.items(), ACTIVE, args.tokens):
+        for skew in (0.0, 1.0) if (tokens, active) in ((1024, 0.75), (4096, 0.75)) else (0.0,):
+            q, k, v, gates = problem(tokens, heads, dim, active, skew, args.batch_tokens)
+            runs, how = {}, {}
+            for name in ("dense", "dense, gates", "gather", "triton"):
+                if name == "dense":
+                    run = lambda q=q, k=k, v=v: dense(q, k, v)  # noqa: E731
+                else:
+                    backend = "dense" if name == "dense, gates" else name
+                    run = lambda b=backend, q=q, k=k, v=v, g=gates: moh_attention(q, k, v, g, backend=b)  # noqa: E731
+                    agree(run(), dense(q, k, v) * gates.unsqueeze(-1).bfloat16(), f"{name} at {tokens} tokens")
+                runs[name], how[name] = captured(run)
+            what = f"{label}, {len(q)} x {tokens}" + (", skewed" if skew else "")
+            report("operator", what, active, in_turns(runs), "dense", how)
+            del runs, q, k, v, gates
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def tune(args) -> None:
+    """Times of other tiles, for visionattn/ops/moh/fused.py."""
+    for (heads, dim), tokens in itertools.product(((16, 64), (16, 72)), (1024, 4096)):
+        q, k, v, gates = problem(tokens, heads, dim, 0.75, 0.0, args.batch_tokens)
+        reference = in_turns({"dense": captured(lambda q=q, k=k, v=v: dense(q, k, v))[0]})["dense"]
+        print(f"{heads} x {dim}, {tokens} tokens: dense {reference:.3f} ms")
+        found = []
+        for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+            tiles = fused.Tiles(queries, keys, warps, stages)
+            try:
+                run = captured(lambda q=q, k=k, v=v, g=gates, t=tiles, s=dim**-0.5: fused.forward(q, k, v, g, s, t))[0]
+                found.append((in_turns({"": run}, 5, 1)[""], tiles))
+            except Exception as e:  # shared memory, mostly
+                print(f"  {tiles}: {type(e).__name__}")
+        for ms, tiles in sorted(found, key=lambda item: item[0])[:6]:
+            print(f"  {ms:.3f} ms, {ms / reference:.3f} of dense: {tiles}", flush=True)
+
+
+@torch.no_grad()
+def bench_dit(args, report) -> None:
+    for size, batch in ((32, 64), (64, 16), (128, 4)):
+        models = {}
+        for name in ("dit_xl_2", "moh_dit_xl_2_75"):
+            torch.manual_seed(0)
+            models[name] = visionattn.create_dit(name, input_size=size, device="cuda").eval()
+        for backend in ("dense", "triton"):
+            torch.manual_seed(0)
+            model = visionattn.create_dit("moh_dit_xl_2_75", input_size=size, backend="dense", device="cuda").eval()
+            for block in model.blocks:
+                block.attn.backend = "dense" if block.attn.routed_head == 0 else backend
+            models[f"moh_dit_xl_2_75, {backend}"] = model
+        x = torch.randn(batch, 4, size, size, device="cuda")
+        t, y = torch.randint(0, 1000, (2, batch), device="cuda")
+
+        def step(model, x=x, t=t, y=y):
+            with torch.autocast("cuda", torch.bfloat16):
+                return model(x, t, y)
+
+        runs = {n: (lambda m=m, step=step: step(m)) for n, m in models.items()}
+        report("DiT step", f"{batch} x {(size // 2) ** 2} tokens", "", in_turns(runs, 5), "dit_xl_2", {}, batch)
+        del models, runs
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def bench_vit(args, report) -> None:
+    """Batch 64, 224 px, bf16 autocast; eager and compiled; the yardstick is timm's swin_tiny in the same run."""
+    names = ("swin_tiny_patch4_window7_224", "transnext_small", "moh_vit_small_80")
+    x = torch.randn(64, 3, 224, 224, device="cuda")
+    target = torch.randint(0, 1000, (64,), device="cuda")
+    for mode in args.modes:
+        results = {"inference": {}, "training step": {}}
+        memory = {"inference": {}, "training step": {}}
+        for name in names:
+            torch.manual_seed(0)
+            model = timm.create_model(name).cuda()
+            program = torch.compile(model) if mode == "compile" else model
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+            def infer(program=program):
+                with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                    program(x)
+
+            def step(program=program, model=model, optimizer=optimizer):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = F.cross_entropy(program(x), target)
+                    extra = pop_aux_loss(model)
+                    loss = loss if extra is None else loss + extra
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+            for what, run in (("inference", infer), ("training step", step)):
+                model.train(what != "inference")
+                run()
+                torch.cuda.reset_peak_memory_stats()
+                results[what][name] = in_turns({name: run}, 5, 2)[name]
+                memory[what][name] = torch.cuda.max_memory_allocated() / 2**20
+            del model, program, optimizer, infer, step
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+        for what in results:
+            report(f"ViT {what}", f"{mode}, 64 x 224 px", "", results[what], names[0], memory[what], 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ["operator", "dit", "vit"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in a batch of the operator's part")
+    parser.add_argument("--modes", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
+    parser.add_argument("--tune", action="store_true", help="time other tiles, and nothing else")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    if args.tune:
+        return tune(args)
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    version = torch.__version__.split("+")[0]
+    out = args.out or Path(__file__).parent / "results" / f"moh-{gpu}-torch{version}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    environment = [torch.cuda.get_device_name(), torch.__version__, triton.__version__, timm.__version__]
+    environment.append(visionattn.__version__)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "what", "active", "implementation", "ms", "over_first", "per_s", "timing_or_peak_mib",
+                         "gpu", "torch", "triton", "timm", "visionattn"])  # fmt: skip
+
+        def report(part, what, active, result, first, about, batch=None) -> None:
+            for name, ms in result.items():
+                ratio, note = ms / result[first], about.get(name, "")
+                note = note if isinstance(note, str) else f"{note:.0f}"
+                rate = f"{1e3 * batch / ms:.0f}" if batch else ""
+                writer.writerow([part, what, active, name, f"{ms:.4f}", f"{ratio:.3f}", rate, note, *environment])
+                print(f"{part:18}{what:26}{active!s:6}{name:28}{ms:9.3f} ms  x{ratio:.3f} {rate} {note}", flush=True)
+            file.flush()
+
+        if "operator" in args.parts:
+            bench_operator(args, report)
+        if "dit" in args.parts:
+            bench_dit(args, report)
+        if "vit" in args.parts:
+            bench_vit(args, report)
+
+
+if __name__ == "__main__":
+    main()
