@@ -2,6 +2,7 @@
 
 from .agent import AgentAttention
 from .ela import ELA
+from .graph_transformer import GraphTransformerLayer, GraphTransformerNet
 from .halo import HaloAttention
 from .inline import InLineAttention
 from .insert import Insertion, insert
@@ -16,15 +17,17 @@ from .ulsam import ULSAM, SubSpace
 
 __all__ = [
     "ELA",
+    "MALA",
     "ULSAM",
+    "AgentAttention",
     "AggregatedAttention",
     "ConvGLU",
     "CosineAttention",
-    "AgentAttention",
     "FeedForward",
+    "GraphTransformerLayer",
+    "GraphTransformerNet",
     "HaloAttention",
     "InLineAttention",
-    "MALA",
     "Insertion",
     "MixerBlock",
     "MixerGatingUnit",
