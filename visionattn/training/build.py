@@ -136,14 +136,13 @@ def build_task(cfg: Config, model: nn.Module, device: torch.device) -> TrainingT
         return kinds[cfg.distill](**kwargs)
 
 
-def auxiliary_loss(model: nn.Module) -> torch.Tensor | None:
-    """The one place for losses that a model has of its own (the load balance of a mixture, say).
+def auxiliary_modules(model: nn.Module) -> list[Any]:
+    """The one place for losses that a model has of its own (the load balance of a mixture of heads, say).
 
-    A model offers them as a method ``auxiliary_loss() -> scalar tensor`` about its last training forward; the loop
-    adds it with ``aux_weight``.
+    A module offers one as a method ``pop_aux_loss() -> scalar tensor or None`` about its last training forward, with
+    its published weight in it; the loop adds all of them, times ``aux_weight``.
     """
-    method = getattr(model, "auxiliary_loss", None)
-    return method() if method is not None else None
+    return [m for m in model.modules() if hasattr(m, "pop_aux_loss")]
 
 
 def build_optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:

@@ -100,6 +100,7 @@ class Trainer:
             self.task.compile(mode=cfg.compile_mode or None)
         if self.world.size > 1 and not cfg.fsdp:
             distributed.wrap_ddp(self.task, cfg, self.world)
+        self.aux_modules = build.auxiliary_modules(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16")
         self.updates_per_epoch = math.ceil(len(self.loader) / cfg.grad_accum)
         self.schedule, self.epochs = build.build_schedule(cfg, self.optimizer, self.updates_per_epoch)
@@ -171,9 +172,8 @@ class Trainer:
         with self._synced(boundary):
             with self.autocast():
                 loss = self.task(x, y)["loss"]
-                extra = build.auxiliary_loss(self.model)
-                if extra is not None:
-                    loss = loss + self.cfg.aux_weight * extra
+                for extra in [m.pop_aux_loss() for m in self.aux_modules]:
+                    loss = loss if extra is None else loss + self.cfg.aux_weight * extra
             second_order = getattr(self.optimizer, "is_second_order", False)
             self.scaler.scale(loss / group if group > 1 else loss).backward(create_graph=second_order)
         self.losses.append((self.step + 1, loss.detach()))
@@ -352,7 +352,7 @@ class Trainer:
         return {"model": self.cfg.model, "num_classes": self.classes, "in_chans": self.data["input_size"][0],
                 "model_kwargs": self.cfg.model_kwargs, "data": self.data, "epoch": self.epoch, "step": self.step,
                 "best": self.best, "ema": self.task.has_ema(), "timm": timm.__version__,
-                "torch": torch.__version__}  # fmt: skip
+                "torch": str(torch.__version__)}  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs, whole tensors on the CPU. A collective where there are several ranks."""
