@@ -54,7 +54,7 @@ default_cfgs = generate_default_cfgs(
         "agent_cswin_base.in1k": _cfg(CSWinHost, checkpoint="c8035b0839b2410c8c9f"),
         "agent_cswin_base_384.in1k": _cfg(CSWinHost, 384, checkpoint="1239be0df44b47719432"),
         "test_agent_deit.untrained": _cfg(ViTHost, 64),
-        "test_agent_swin.untrained": _cfg(SwinHost, 64),
+        "test_agent_swin.untrained": _cfg(SwinHost, 96),
     }
 )
 
@@ -207,11 +207,12 @@ def test_agent_deit(pretrained: bool = False, **kwargs: Any) -> ViTHost:
 def test_agent_swin(pretrained: bool = False, **kwargs: Any) -> SwinHost:
     """A small Agent-Swin for tests and demonstrations; not published."""
     settings = dict(
-        img_size=64,
+        img_size=96,
         embed_dim=16,
         depths=(1, 1, 2, 1),
         num_heads=(1, 2, 4, 8),
         attn_type="AAMB1",
         agent_num=(9, 9, 4, 4),
+        mlp_ratio=3.0,
     )
     return create_host(SwinHost, "test_agent_swin", pretrained, {**_SWIN, **settings}, kwargs)

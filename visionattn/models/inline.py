@@ -51,7 +51,7 @@ default_cfgs = generate_default_cfgs(
         "inline_cswin_base.in1k": _cfg(CSWinHost, checkpoint="91e17121df284ae38521"),
         "inline_cswin_base_384.untrained": _cfg(CSWinHost, 384),
         "test_inline_deit.untrained": _cfg(ViTHost, 64),
-        "test_inline_swin.untrained": _cfg(SwinHost, 64),
+        "test_inline_swin.untrained": _cfg(SwinHost, 96),
     }
 )
 
@@ -182,5 +182,7 @@ def test_inline_deit(pretrained: bool = False, **kwargs: Any) -> ViTHost:
 @register_model
 def test_inline_swin(pretrained: bool = False, **kwargs: Any) -> SwinHost:
     """A small InLine-Swin for tests and demonstrations; not published."""
-    settings = dict(img_size=64, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), attn_type="IIMS1")
+    settings = dict(
+        img_size=96, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), attn_type="IIMS1", mlp_ratio=3.0
+    )
     return create_host(SwinHost, "test_inline_swin", pretrained, {**_SWIN, **settings}, kwargs)

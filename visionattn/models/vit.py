@@ -140,6 +140,7 @@ class ViTHost(VisionTransformer):
             device=device,
             dtype=dtype,
         )
+        self.blocks = nn.ModuleList(self.blocks)  # a Sequential could not hand over the grid
         self.grid: tuple[int, int] = grid
 
     @torch.jit.ignore
