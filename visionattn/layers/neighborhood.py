@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import nn
 
 from visionattn.ops.local import Neighborhood, local_attention
-from visionattn.ops.neighborhood import neighborhood_attention, tiled_attention
+from visionattn.ops.neighborhood import choose_backend, neighborhood_attention, tiled_attention
 
 from .mixer import Mixer
 from .registry import register_module
@@ -183,20 +183,37 @@ class NeighborhoodAttention(Mixer):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], prefix: int) -> torch.Tensor:
         dropout = self.attn_drop if self.training else 0.0
+        backend = self.backend
         if torch.jit.is_scripting():
             assert prefix == 0, "NeighborhoodAttention: TorchScript has no prefix tokens here, use torch.export"
+            backend = "tiles"
+        elif prefix > 0:
+            return self._attend_with_prefix(q, k, v, grid, prefix, dropout)
+        elif backend == "auto":
+            backend = choose_backend(q, v, dropout)
+        if backend == "tiles":  # padding has seen to what the operator checks
             return tiled_attention(
                 q, k, v, grid, self.kernel_size, self.dilation, self.stride, self.causal, self.rpb, self.scale, dropout
             )
-        if prefix > 0:
-            if dropout > 0.0:
-                raise ValueError(f"NeighborhoodAttention: attn_drop={dropout} does not go with prefix tokens: use 0")
-            backend = "auto" if self.backend == "tiles" else self.backend
-            return local_attention(
-                q, k, v, tuple(grid), self.pattern, text=prefix, bias=self.rpb, scale=self.scale, backend=backend
-            )
+        return self._attend_by(backend, q, k, v, grid, dropout)
+
+    @torch.jit.unused
+    def _attend_by(
+        self, backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], dropout: float
+    ) -> torch.Tensor:
         return neighborhood_attention(
-            q, k, v, tuple(grid), self.pattern, bias=self.rpb, scale=self.scale, dropout=dropout, backend=self.backend
+            q, k, v, tuple(grid), self.pattern, bias=self.rpb, scale=self.scale, dropout=dropout, backend=backend
+        )
+
+    @torch.jit.unused
+    def _attend_with_prefix(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], prefix: int, dropout: float
+    ) -> torch.Tensor:
+        if dropout > 0.0:
+            raise ValueError(f"NeighborhoodAttention: attn_drop={dropout} does not go with prefix tokens: use 0")
+        backend = "auto" if self.backend == "tiles" else self.backend
+        return local_attention(
+            q, k, v, tuple(grid), self.pattern, text=prefix, bias=self.rpb, scale=self.scale, backend=backend
         )
 
 

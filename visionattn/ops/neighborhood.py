@@ -55,7 +55,7 @@ def neighborhood_attention(
     pattern = window if isinstance(window, Neighborhood) else Neighborhood(window, stride, dilation, causal)
     axes = pattern.axes(grid)
     if backend == "auto":
-        backend = _choose(q, v, dropout)
+        backend = choose_backend(q, v, dropout)
     if backend != "tiles":
         if dropout > 0.0:
             raise ValueError(f"backend={backend!r} has no dropout={dropout}: use 'tiles', or no attention dropout")
@@ -69,7 +69,8 @@ def neighborhood_attention(
     )  # fmt: skip
 
 
-def _choose(q: torch.Tensor, v: torch.Tensor, dropout: float) -> str:
+def choose_backend(q: torch.Tensor, v: torch.Tensor, dropout: float) -> str:
+    """What ``backend='auto'`` of :func:`neighborhood_attention` is for these tensors: ``'tiles'`` or ``'local'``."""
     if not q.is_cuda or dropout > 0.0 or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "tiles"
     if "triton" not in local_api.BACKENDS or v.shape[-1] != q.shape[-1]:
