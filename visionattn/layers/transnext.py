@@ -281,10 +281,8 @@ class AggregatedAttention(ContinuousPositionBias):
         gates: torch.Tensor | None = self.gates(x, q) if self.routed else None
         out = aggregated_attention(
             q,
-            kv[:, :, 0],
-            kv[:, :, 1],
-            kv_pool[:, :, 0],
-            kv_pool[:, :, 1],
+            kv,
+            kv_pool,
             self.query_embedding.view(heads, dim),
             F.softplus(self.temperature).flatten(),
             self.relative_pos_bias_local,

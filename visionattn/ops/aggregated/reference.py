@@ -18,10 +18,8 @@ def window_validity(height: int, width: int, window: int, device: torch.device) 
 
 def aggregated_attention_reference(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
+    kv: torch.Tensor,
+    kv_pool: torch.Tensor,
     query_embedding: torch.Tensor,
     tau: torch.Tensor,
     bias_local: torch.Tensor,
@@ -35,6 +33,7 @@ def aggregated_attention_reference(
 ) -> torch.Tensor:
     """See :func:`visionattn.ops.aggregated.aggregated_attention`; no unfolded keys or values, one shift at a time."""
     B, N, heads, dim = q.shape
+    k, v, k_pool, v_pool = kv[:, :, 0], kv[:, :, 1], kv_pool[:, :, 0], kv_pool[:, :, 1]
     reach = window // 2
     inside = window_validity(height, width, window, q.device)
     scale = torch.log((inside.sum(dim=1) + k_pool.shape[1]).to(q.dtype))

@@ -53,9 +53,7 @@ def moh_attention(
     if not torch.jit.is_scripting():
         chosen = _choose(q, k, v, gates, factor, bias, dropout_p, backend, active)
         if chosen == "triton":
-            from . import fused  # noqa: F401  registers the operator
-
-            return torch.ops.visionattn.moh_attention(q, k, v, gates, factor)
+            return _fused(q, k, v, gates, factor)
         if chosen == "gather":
             return moh_attention_gather(q, k, v, gates, factor, bias)
         if chosen == "reference":
@@ -65,6 +63,12 @@ def moh_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, dropout_p=dropout_p, scale=factor
     ).transpose(1, 2)
     return out if gates is None else out * gates.unsqueeze(-1).to(out.dtype)
+
+
+def _fused(q, k, v, gates, scale) -> torch.Tensor:
+    from . import fused  # noqa: F401  registers the operator
+
+    return torch.ops.visionattn.moh_attention(q, k, v, gates, scale)
 
 
 def _choose(q, k, v, gates, scale, bias, dropout_p, backend, active) -> str:
