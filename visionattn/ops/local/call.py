@@ -50,6 +50,10 @@ class Call:
             self.extra_k, self.extra_v, self.bias, self.scale,
         )  # fmt: skip
 
+    def grad_settings(self) -> tuple:
+        """What the kernels take besides tensors."""
+        return self.grid, self.pattern, self.text, self.text_first, self.scale
+
     def needs_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.extra_k, self.extra_v, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

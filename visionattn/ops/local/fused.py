@@ -8,33 +8,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import kernels, kernels_backward, tables
-from .patterns import Cross, Disk, Grid, Neighborhood, Pattern
+from .patterns import Cross, Disk, Grid, Pattern, radius_squared
 from .tiles import Tiles, pad_dim, pick_tiles
 
 LOG2E = math.log2(math.e)
-
-
-def encode(pattern: Pattern, ndim: int) -> list[int]:
-    """A pattern as integers, for an operator's schema."""
-    if isinstance(pattern, Neighborhood):
-        fields = (pattern.window, pattern.stride, pattern.dilation, pattern.causal)
-        return [0, *(int(x) for f in fields for x in (f if isinstance(f, tuple) else (f,) * ndim))]
-    if isinstance(pattern, Disk):
-        return [1, tables.radius_squared(pattern)]
-    if isinstance(pattern, Cross):
-        stride = pattern.stride if isinstance(pattern.stride, tuple) else (pattern.stride,) * 2
-        return [2, pattern.rows, pattern.cols, *stride]
-    raise ValueError(f"the kernels know no {type(pattern).__name__}: use backend='flex' or 'reference'")
-
-
-def decode(code: list[int]) -> Pattern:
-    if code[0] == 0:
-        d = (len(code) - 1) // 4
-        fields = [tuple(code[1 + i * d : 1 + (i + 1) * d]) for i in range(4)]
-        return Neighborhood(fields[0], fields[1], fields[2], tuple(bool(c) for c in fields[3]))
-    if code[0] == 1:
-        return Disk(math.sqrt(code[1]))
-    return Cross(code[1], code[2], (code[3], code[4]))
 
 
 @dataclass(frozen=True)
@@ -65,7 +42,7 @@ def boxes(pattern: Pattern, grid: Grid) -> Boxes:
     lengths = (*lead, *grid)
     if isinstance(pattern, Disk):
         ones = (1, 1, 1)
-        return Boxes(1, lengths, ones, ones, ones, (False,) * 3, tables.radius_squared(pattern))
+        return Boxes(1, lengths, ones, ones, ones, (False,) * 3, radius_squared(pattern))
     axes = pattern.axes(grid)
     windows, strides, dilations = (
         (*lead, *(getattr(a, name) for a in axes)) for name in ("window", "stride", "dilation")
@@ -182,7 +159,7 @@ class Plan:
     def table(self, own, other, keys_own=False):
         if self.boxes.kind == 0:
             return None, 0
-        return device_table(self.pattern, self.grid, own, other, keys_own, self.device)
+        return device_table(self.pattern, self.boxes.lengths[1:], own, other, keys_own, self.device)
 
     def grid_descriptor(self, x, tile, batch: int):
         """Over (T, H, W, heads, D) of one batch entry, or over (B, H, W, heads, D) of 2-D grids."""

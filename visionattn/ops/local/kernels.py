@@ -1,7 +1,7 @@
 """Triton: the forward kernels of local attention, and what they share with the backward ones.
 
-Grids are 3-D here (2-D: T = 1, and the batch in its place of a tensor descriptor). A program owns a tile of queries, KZ x
-KH x KW or QZ x QH x QW tokens of one dilation group, and visits tiles of keys: first those that need a mask, then those
+Grids are 3-D here (2-D: T = 1, and the batch in its place of a tensor descriptor). A program owns a tile of queries,
+QZ x QH x QW tokens of one dilation group, and visits tiles of keys: first those that need a mask, then those
 that don't. KIND 0 (boxes) computes its visits; KINDs 1 (disk) and 2 (cross) read them from a table (tables.py).
 Positions are counted inside a dilation group. Divisions are of non-negative numbers only.
 """

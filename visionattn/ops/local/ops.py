@@ -1,18 +1,19 @@
 """``torch.ops.visionattn.local_attention``: the kernels as an operator with a fake kernel and autograd.
 
-A pattern travels as integers (fused.encode), so that grids may be symbolic under ``torch.compile``.
+A pattern travels as integers (patterns.encode), so that grids may be symbolic under ``torch.compile``.
 """
 
 import torch
 
 from . import fused
+from .patterns import decode
 
 _SETTINGS = "SymInt[] grid, int[] pattern, SymInt text, bool text_first, float scale"
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor? bias, Tensor? lengths"
 
 
 def _settings(grid, pattern, text, text_first, scale) -> tuple:
-    return tuple(grid), fused.decode(list(pattern)), text, text_first, scale
+    return tuple(grid), decode(tuple(pattern)), text, text_first, scale
 
 
 @torch.library.custom_op(

@@ -9,7 +9,7 @@ Grids are tuples of 1 to 3 lengths, tokens in row-major order.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -287,8 +287,30 @@ class Cross(Pattern):
         return any(axis.dense for axis in self.axes(grid))
 
 
-def padded(pattern: Neighborhood, grid: Grid) -> Neighborhood:
-    """`pattern` with one entry for every axis."""
-    axes = pattern.axes(grid)
-    fields = {name: tuple(getattr(a, name) for a in axes) for name in ("window", "stride", "dilation", "causal")}
-    return replace(pattern, **fields)
+def radius_squared(pattern: Disk) -> int:
+    """The integer that squared distances of visible pairs stay below."""
+    return math.ceil(pattern.radius**2)
+
+
+def encode(pattern: Pattern, ndim: int) -> list[int] | None:
+    """A pattern as integers, for an operator's schema; None for patterns that the kernels do not know."""
+    if isinstance(pattern, Neighborhood):
+        fields = (pattern.window, pattern.stride, pattern.dilation, pattern.causal)
+        return [0, *(int(x) for f in fields for x in (f if isinstance(f, tuple) else (f,) * ndim))]
+    if isinstance(pattern, Disk):
+        return [1, radius_squared(pattern)]
+    if isinstance(pattern, Cross):
+        stride = pattern.stride if isinstance(pattern.stride, tuple) else (pattern.stride,) * 2
+        return [2, pattern.rows, pattern.cols, *stride]
+    return None
+
+
+def decode(code: list[int] | tuple[int, ...]) -> Pattern:
+    """The pattern of :func:`encode`."""
+    if code[0] == 0:
+        d = (len(code) - 1) // 4
+        window, stride, dilation, causal = (tuple(code[1 + i * d : 1 + (i + 1) * d]) for i in range(4))
+        return Neighborhood(window, stride, dilation, tuple(bool(c) for c in causal))
+    if code[0] == 1:
+        return Disk(math.sqrt(code[1] - 0.5))  # any radius between the roots of code - 1 and code sees the same
+    return Cross(code[1], code[2], (code[3], code[4]))

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .patterns import Axis, Cross, Disk, Grid
+from .patterns import Axis, Cross, Disk, Grid, radius_squared
 
 Tile = tuple[int, int]
 
@@ -122,11 +122,6 @@ def cross_table(pattern: Cross, grid: Grid, own: Tile, other: Tile, keys_own: bo
     heads = np.stack([begin, begin + counts[0], end], 1)
     table = np.concatenate([np.arange(shape[0]), np.arange(shape[1]), heads.ravel(), _pack(offsets)])
     return table.astype(np.int32), shape[1]
-
-
-def radius_squared(pattern: Disk) -> int:
-    """The integer that squared distances of visible pairs stay below."""
-    return math.ceil(pattern.radius**2)
 
 
 def table_for(pattern, grid: Grid, own: Tile, other: Tile, keys_own: bool) -> tuple[np.ndarray, int]:
