@@ -174,7 +174,7 @@ def _compiled(backend, q, k, v, lengths, extra_k, extra_v, bias, grid, pattern, 
         reason = f"scale={scale} is not positive"
     if reason is None:
         reason = _static_reason(
-            backend == "auto", str(q.device), q.dtype, int(q.shape[3]), int(q.shape[2]), int(k.shape[2]), tuple(code),
+            backend == "auto", str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]), tuple(code),
             len(grid), bool(text > 0), extra_k is not None, None if bias is None else bias.dtype, lengths is not None,
             grad,
         )  # fmt: skip
@@ -185,6 +185,11 @@ def _compiled(backend, q, k, v, lengths, extra_k, extra_v, bias, grid, pattern, 
     return torch.ops.visionattn.local_attention(
         q, k, v, extra_k, extra_v, bias, lengths, list(grid), code, text, text_first, factor
     )
+
+
+def _fixed(n: int) -> int:
+    """n, as a constant of a graph whose sizes are symbolic: heads don't change with the picture."""
+    return len(range(n))
 
 
 @torch.compiler.assume_constant_result
