@@ -250,12 +250,12 @@ def test_layer_programs():
             torch.testing.assert_close(program(x), expected)
 
 
-def test_dynamic_sizes_export():
-    module = NeighborhoodAttention(16, 2, 3).eval()
-    sides = dict(x={0: torch.export.Dim("batch"), 1: torch.export.Dim("height", min=6, max=64)})
-    program = torch.export.export(module, (torch.randn(2, 9, 8, 16),), dynamic_shapes=sides, strict=False).module()
-    for batch, height in ((3, 9), (1, 23)):
-        x = torch.randn(batch, height, 8, 16)
+def test_export_of_any_batch():
+    module = NeighborhoodAttention(16, 2, 3, 2).eval()
+    shapes = dict(x={0: torch.export.Dim("batch")})
+    program = torch.export.export(module, (torch.randn(2, 9, 4, 16),), dynamic_shapes=shapes).module()
+    for batch in (3, 5):
+        x = torch.randn(batch, 9, 4, 16)
         torch.testing.assert_close(program(x), module(x))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @register_notrace_function
-def _pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """(B, H, W, C) with zeros at the bottom and right, so that ``multiple`` divides H and W."""
     bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
     if bottom > 0 or right > 0:
@@ -42,7 +42,7 @@ class PatchTokenizer(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _pad_to_multiple(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), 4).permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -67,7 +67,7 @@ class PatchMerging(nn.Module):
         self.norm = norm_layer(4 * in_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _pad_to_multiple(x, 2)
+        x = pad_to_multiple(x, 2)
         top, bottom = x[:, 0::2], x[:, 1::2]
         x = torch.cat([top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
         return self.reduction(self.norm(x))

@@ -159,11 +159,14 @@ class NeighborhoodAttention(Mixer):
         size: list[int] = []
         padded: list[int] = []
         pad: list[int] = []
+        small = False
         for a in range(self.dims):
-            size.append(x.shape[1 + a])
-            padded.append(max(x.shape[1 + a], self.least[a]))
-            pad = [0, padded[a] - size[a]] + pad  # noqa: RUF005  (TorchScript has no unpacking)
-        small = padded != size
+            side = x.shape[1 + a]
+            size.append(side)
+            if side < self.least[a]:
+                small, side = True, self.least[a]
+            padded.append(side)
+            pad = [0, side - size[a]] + pad  # noqa: RUF005  (TorchScript has no unpacking)
         if small:
             x = F.pad(x, [0, 0] + pad)  # noqa: RUF005
         x = x.flatten(1, self.dims)

@@ -145,12 +145,15 @@ def tiled_attention(
     chunks = 1
     if torch.jit.is_scripting() or not torch.compiler.is_compiling():
         chunks = max(1, min(rows[0].shape[0], cost // chunk))
-    outs: list[torch.Tensor] = []
-    first_queries, first_keys, first_rows = queries[0].chunk(chunks), keys[0].chunk(chunks), rows[0].chunk(chunks)
-    for i in range(len(first_queries)):
-        queries[0], keys[0], rows[0] = first_queries[i], first_keys[i], first_rows[i]
-        outs.append(_attend(q, k, v, queries, keys, rows, bias, scale, dropout))
-    out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+    if chunks == 1:
+        out = _attend(q, k, v, queries, keys, rows, bias, scale, dropout)
+    else:
+        outs: list[torch.Tensor] = []
+        first_queries, first_keys, first_rows = queries[0].chunk(chunks), keys[0].chunk(chunks), rows[0].chunk(chunks)
+        for i in range(len(first_queries)):
+            queries[0], keys[0], rows[0] = first_queries[i], first_keys[i], first_rows[i]
+            outs.append(_attend(q, k, v, queries, keys, rows, bias, scale, dropout))
+        out = torch.cat(outs, 1)
     for a in range(dims):
         out = out.index_select(1 + a, slots[a])
     return out.flatten(1, dims)
