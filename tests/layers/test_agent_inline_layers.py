@@ -19,7 +19,13 @@ from visionattn.models.swin import SwinBlock
 TOLERANCE = 1e-6
 MIXERS = sorted(p.stem for s in ("agent", "inline") for p in (FIXTURES / s).glob(f"{s}_attn_*.json"))
 STRIPES = sorted(p.stem for p in (FIXTURES / "agent").glob("agent_lepe_*.json"))
-BLOCKS = ["agent_swin_block", "agent_softmax_swin_block", "inline_swin_block", "agent_cswin_block", "inline_cswin_block"]
+BLOCKS = [
+    "agent_swin_block",
+    "agent_softmax_swin_block",
+    "inline_swin_block",
+    "agent_cswin_block",
+    "inline_cswin_block",
+]
 
 
 def load(name: str):

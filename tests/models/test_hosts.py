@@ -149,18 +149,19 @@ HOST_MODELS = {
 @torch.no_grad()
 def test_hosts_at_any_size(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, img_size=64, **HOST_MODELS[name]).eval()
-    for size in ((64, 64), (128, 96), (75, 110)):
+    home, away = (256, (320, 288)) if "cswin" in name else (64, (128, 96))
+    model = timm.create_model(name, num_classes=5, img_size=home, **HOST_MODELS[name]).eval()
+    for size in ((home, home), away, (75, 110)):
         assert model(torch.randn(1, 3, *size)).isfinite().all()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, home, home)
     expected = model(x)
-    model.set_input_size(img_size=64)
+    model.set_input_size(img_size=home)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(model(x), expected)
-    model.set_input_size(img_size=(128, 96))
-    other = timm.create_model(name, num_classes=5, img_size=(128, 96), **HOST_MODELS[name]).eval()
+    model.set_input_size(img_size=away)
+    other = timm.create_model(name, num_classes=5, img_size=away, **HOST_MODELS[name]).eval()
     other.load_state_dict(model.state_dict())
-    x = torch.randn(1, 3, 128, 96)
+    x = torch.randn(1, 3, *away)
     assert torch.equal(model(x), other(x))
 
 
@@ -168,7 +169,7 @@ def test_hosts_at_any_size(name):
 @torch.no_grad()
 def test_dense_behaviour_at_another_size(name):
     """A classifier at a size that it was not made for is the dense backbone, up to the agents' number."""
-    settings = dict(HOST_MODELS.get(name, {}), img_size=96)
+    settings = dict(HOST_MODELS.get(name, {}), img_size=224)
     torch.manual_seed(0)
     model = timm.create_model(name, **settings).eval()
     x = torch.randn(1, 3, 64, 112)
@@ -180,6 +181,21 @@ def test_dense_behaviour_at_another_size(name):
         assert not keys.missing_keys and not keys.unexpected_keys
         for a, b in zip(out, dense.forward_intermediates(x, intermediates_only=True), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_stripes_that_cover_the_map(tmp_path):
+    """At 112 px CSWin's third stage has one branch over the whole map, where the file for 224 px has two of half."""
+    settings = dict(HOST_MODELS["agent_cswin_tiny"], num_heads=(2, 2, 4, 4))
+    source = timm.create_model("agent_cswin_tiny", **settings)
+    assert len(source.stage3[0].attns) == 2
+    torch.save(source.state_dict(), tmp_path / "file.pth")
+    overlay = dict(file=str(tmp_path / "file.pth"))
+    small = timm.create_model("agent_cswin_tiny", True, pretrained_cfg_overlay=overlay, img_size=112, **settings)
+    assert len(small.stage3[0].attns) == 1
+    source.set_input_size(img_size=112)
+    x = torch.randn(1, 3, 112, 112)
+    torch.testing.assert_close(small.eval()(x), source.eval()(x))
 
 
 def test_windows_follow_the_size():

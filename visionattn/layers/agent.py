@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import nn
 
-from visionattn.ops.agent import agent_attention, agent_key_bias, pool_agents, query_agent_bias
+from visionattn.ops.agent import agent_attention, agent_key_bias, pool_agents, query_agent_bias, resize_agents
 from visionattn.ops.depthwise import depthwise_residual
 
 from .eval_cache import EvalCache
@@ -155,6 +155,10 @@ class AgentAttention(EvalCache, Mixer):
             if table is not None:
                 trunc_normal_(table, std=0.02)
 
+    def _apply(self, fn, recurse: bool = True):
+        # to(memory_format=torch.channels_last) refuses modules with parameters of five axes: they are shown as two
+        return super()._apply(lambda t: fn(t.flatten(1)).reshape(t.shape) if t.dim() == 5 else fn(t), recurse)
+
     def _key_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] // self.sr_ratio, grid[1] // self.sr_ratio
 
@@ -179,8 +183,10 @@ class AgentAttention(EvalCache, Mixer):
         over_keys = agent_key_bias(self.an_bias, self.ah_bias, self.aw_bias, key_grid, self.agent_shape)
         over_agents = query_agent_bias(self.na_bias, self.ha_bias, self.wa_bias, grid, self.agent_shape)
         if self.ac_bias is not None and self.ca_bias is not None:
-            over_keys = torch.cat([self.ac_bias[0], over_keys], dim=2)
-            over_agents = torch.cat([self.ca_bias[0], over_agents], dim=1)
+            ac_bias = resize_agents(self.ac_bias[0], self.agent_num, self.agent_shape)
+            ca_bias = resize_agents(self.ca_bias[0].transpose(1, 2), self.agent_num, self.agent_shape)
+            over_keys = torch.cat([ac_bias, over_keys], dim=2)
+            over_agents = torch.cat([ca_bias.transpose(1, 2), over_agents], dim=1)
         return over_keys, over_agents
 
     @torch.jit.unused

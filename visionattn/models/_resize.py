@@ -59,6 +59,20 @@ def _fit(name: str, value: torch.Tensor, target: torch.Tensor, model: nn.Module)
     return value
 
 
+def _regroup_branches(state_dict: dict[str, torch.Tensor], targets: dict) -> dict[str, torch.Tensor]:
+    """CSWin's stripes that cover the whole map: two branches of half the channels are one of all, and the other way."""
+    state_dict = dict(state_dict)
+    for name in [n for n in state_dict if ".attns.0.get_v." in n]:
+        second = name.replace(".attns.0.", ".attns.1.")
+        if name not in targets or (second in state_dict) == (second in targets):
+            continue
+        if second in state_dict:
+            state_dict[name] = torch.cat([state_dict[name], state_dict.pop(second)])
+        else:
+            state_dict[name], state_dict[second] = state_dict[name].chunk(2)
+    return state_dict
+
+
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The authors' files under a host's names, which are theirs: wrappers opened, a detector's prefix and the buffers
     that are computed removed, tables of another resolution resized as their loader does."""
@@ -66,6 +80,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {n.removeprefix("backbone."): v for n, v in state_dict.items() if n.startswith("backbone.")}
     targets = dict(model.named_parameters())
+    state_dict = _regroup_branches(state_dict, targets)
     fitted = {}
     for name, value in state_dict.items():
         if name.rpartition(".")[2] in _BUFFERS:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    calculate_drop_path_rates,
+    register_notrace_module,
+    to_2tuple,
+    trunc_normal_,
+)
 from torch import nn
 
 from visionattn._timm import update_model_input_size
@@ -47,6 +55,19 @@ class PVTBlock(nn.Module):
         y = self.attn(self.norm1(x).reshape(B, H * W, C), (H, W))
         x = x + self.drop_path(y.reshape(B, H, W, C))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@register_notrace_module  # whether the table is resized depends on the input's size
+class AddPositions(nn.Module):
+    """A map (B, H, W, C) plus a table of positions (1, h * w, C), resized bilinearly to the map, then dropout."""
+
+    def __init__(self, drop: float = 0.0):
+        super().__init__()
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor, made_for: tuple[int, int]) -> torch.Tensor:
+        B, H, W, C = x.shape
+        return self.drop(x + resize_positions(table, made_for, H, W, 0, "bilinear").reshape(1, H, W, C))
 
 
 class PVTHost(Pyramid):
@@ -142,7 +163,7 @@ class PVTHost(Pyramid):
         self.patch_embed1, self.patch_embed2, self.patch_embed3, self.patch_embed4 = map(embed, range(STAGES))
         self.pos_embed1, self.pos_embed2, self.pos_embed3, self.pos_embed4 = map(positions, range(STAGES))
         self.block1, self.block2, self.block3, self.block4 = map(blocks, range(STAGES))
-        self.pos_drop = nn.Dropout(proj_drop_rate)
+        self.place = AddPositions(proj_drop_rate)
         self._make_head(dims, False, out_norm, dd)
         self.init_weights(needs_reset=False)
 
@@ -184,7 +205,7 @@ class PVTHost(Pyramid):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        stem = r"^(patch_embed1|pos_embed1)"
+        stem = r"^(?:patch_embed1|pos_embed1)"
         if coarse:
             return dict(stem=stem, blocks=r"^(?:block|patch_embed|pos_embed)(\d+)")
         return dict(
@@ -196,22 +217,17 @@ class PVTHost(Pyramid):
             ],
         )
 
-    def _placed(self, x: torch.Tensor, table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        B, H, W, C = x.shape
-        table = resize_positions(table, grid, H, W, 0, "bilinear")
-        return self.pos_drop(x + table.reshape(1, H, W, C))
-
     def _stages(self, x: torch.Tensor, count: int) -> list[torch.Tensor]:
-        x = self.block1(self._placed(self.patch_embed1(x), self.pos_embed1, self.grids[0]))
+        x = self.block1(self.place(self.patch_embed1(x), self.pos_embed1, self.grids[0]))
         maps = [x]
         if count > 1 and self.patch_embed2 is not None and self.pos_embed2 is not None and self.block2 is not None:
-            x = self.block2(self._placed(self.patch_embed2(x), self.pos_embed2, self.grids[1]))
+            x = self.block2(self.place(self.patch_embed2(x), self.pos_embed2, self.grids[1]))
             maps.append(x)
         if count > 2 and self.patch_embed3 is not None and self.pos_embed3 is not None and self.block3 is not None:
-            x = self.block3(self._placed(self.patch_embed3(x), self.pos_embed3, self.grids[2]))
+            x = self.block3(self.place(self.patch_embed3(x), self.pos_embed3, self.grids[2]))
             maps.append(x)
         if count > 3 and self.patch_embed4 is not None and self.pos_embed4 is not None and self.block4 is not None:
-            x = self.block4(self._placed(self.patch_embed4(x), self.pos_embed4, self.grids[3]))
+            x = self.block4(self.place(self.patch_embed4(x), self.pos_embed4, self.grids[3]))
             maps.append(x)
         return maps
 

@@ -97,7 +97,7 @@ def pool_agents(q: torch.Tensor, grid: tuple[int, int], agent_shape: tuple[int, 
     return pooled.flatten(2).transpose(1, 2)
 
 
-def _resize_agents(bias: torch.Tensor, agent_num: int, agent_shape: tuple[int, int]) -> torch.Tensor:
+def resize_agents(bias: torch.Tensor, agent_num: int, agent_shape: tuple[int, int]) -> torch.Tensor:
     """(H, n, M) to (H, p * r, M): the agents seen as a square map, resized bilinearly."""
     p, r = agent_shape
     side = int(agent_num**0.5)
@@ -132,7 +132,7 @@ def agent_key_bias(
     lines = (row + column).squeeze(0)
     if lines.shape[2] != size[0] or lines.shape[3] != size[1]:
         lines = F.interpolate(lines, size=size, mode="bilinear", align_corners=False)
-    return _resize_agents((bias + lines).flatten(2), block.shape[1], agent_shape)
+    return resize_agents((bias + lines).flatten(2), block.shape[1], agent_shape)
 
 
 def query_agent_bias(
