@@ -134,7 +134,7 @@ def test_export_takes_the_reference():
 def test_jit_trace_takes_the_reference():
     tensors = make(1, 16, 16, 2, 16, 16, 8, 3, 1, torch.float32)
     program = torch.jit.trace(lambda q, kv, h, w: halo_attention_kv(q, kv, h, w, 8, 3), tensors, check_trace=False)
-    assert "visionattn" not in str(program.graph)
+    assert "visionattn::" not in str(program.graph)  # source paths of this package stand in it too
     tensors[0] = tensors[0] * 0.5
     torch.testing.assert_close(program(*tensors), halo_attention_kv(*tensors, 8, 3), rtol=1e-4, atol=1e-4)
 
