@@ -1,0 +1,223 @@
+"""Magnitude-aware linear attention (MALA, ICCV 2025, arXiv 2507.00698) and its rotary embedding.
+
+With phi(x) = elu(x) + 1 and s_ij = (D^-1/2 / N) phi(q_i) . phi(k_j), the paper's weights are
+
+    a_ij = beta_i s_ij - gamma_i,   beta_i = 1 + 1 / z_i,   gamma_i = z_i / N,   z_i = sum_j s_ij
+
+so that every row sums to 1 and a longer query gives a sharper row. As released, the products are of rotated queries and
+keys while z stays that of the unrotated ones.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def rotary_angles(dim: int, device: torch.device | None = None) -> torch.Tensor:
+    """The D / 4 angles 10000^-t of a head, t from 0 to 1 with both ends, in float32 as the released code has them."""
+    return 1.0 / (10000.0 ** torch.linspace(0.0, 1.0, dim // 4, device=device, dtype=torch.float32))
+
+
+def rotary_lines(length: int, dim: int, device: torch.device | None = None) -> torch.Tensor:
+    """Signed sines and cosines along one axis of a map.
+
+    Args:
+        length: positions 0 .. length - 1, in tokens, whatever the resolution.
+        dim: D of a head, a multiple of 4.
+
+    Returns:
+        (2, length, D / 2) in float32: sines (negative at even channels) and cosines, each angle twice.
+    """
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    phases = positions[:, None] * rotary_angles(dim, device)[None, :]
+    sin, cos = phases.sin(), phases.cos()
+    return torch.stack([torch.stack([-sin, sin], dim=-1).flatten(1), torch.stack([cos, cos], dim=-1).flatten(1)])
+
+
+def rotary_tables(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signed sines and cosines of a grid, from those of its rows and columns.
+
+    Args:
+        rows: (2, H, D / 2), of :func:`rotary_lines`.
+        columns: (2, W, D / 2).
+
+    Returns:
+        sin, cos: (H * W, D). Half of the channels turn with the row, half with the column.
+    """
+    H, W = rows.shape[1], columns.shape[1]
+    both = torch.cat([rows.unsqueeze(2).expand(-1, -1, W, -1), columns.unsqueeze(1).expand(-1, H, -1, -1)], dim=-1)
+    both = both.flatten(1, 2)
+    return both[0], both[1]
+
+
+def rotate(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring channels: (a, b) to (a cos - b sin, b cos + a sin).
+
+    Args:
+        x: (B, N, ..., D).
+        sin, cos: (N, D) of :func:`rotary_tables`; the sign of the first term is in ``sin``.
+    """
+    shape = [sin.shape[0]] + [1] * (x.ndim - 3) + [sin.shape[1]]
+    sin, cos = sin.reshape(shape), cos.reshape(shape)
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, partner, sin)
+
+
+def beta(z: torch.Tensor) -> torch.Tensor:
+    """1 + 1 / z, with what the released code adds to z."""
+    return 1.0 + 1.0 / (z + 1e-6)
+
+
+def phi(x: torch.Tensor) -> torch.Tensor:
+    """The feature map, elu(x) + 1."""
+    return F.elu(x) + 1.0
+
+
+def mala_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sin: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The equations above with their N x M weights.
+
+    Returns:
+        The output (B, N, H, D) and the weights (B, H, N, M). Their rows sum to 1 where nothing is rotated.
+    """
+    tokens = k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = phi(q), phi(k)
+    z = torch.einsum("bnhd,bmhd->bhnm", q, k).sum(dim=-1, keepdim=True) * (scale / tokens)
+    if sin is not None and cos is not None:
+        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (scale / tokens)
+    weights = beta(z) * scores - z / tokens
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v), weights
+
+
+def _two_products(
+    qk: torch.Tensor, v: torch.Tensor, sin: torch.Tensor | None, cos: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """MALA of queries and keys (B, N, 2, H, D), the feature map not yet applied, and values (B, N, H, D)."""
+    B, N, _, H, D = qk.shape
+    qk = phi(qk)
+    k_mean = qk[:, :, 1].mean(dim=1, keepdim=True) * scale
+    v_mean = v.mean(dim=1, keepdim=True)
+    z = (qk[:, :, 0] * k_mean).sum(dim=-1, keepdim=True)  # float32 under autocast
+    if sin is not None and cos is not None:
+        qk = rotate(qk, sin, cos)
+    q, k = qk.unbind(dim=2)
+    # beta goes onto the queries, so that the second product needs no pass of its own
+    q = (q * beta(z).to(q.dtype)).transpose(1, 2).reshape(B * H, N, D)
+    k = k.transpose(1, 2).reshape(B * H, N, D)
+    heads_v = v.transpose(1, 2).reshape(B * H, N, D)
+    # the factor is applied inside the product, to sums in float32: in float16 k^T v itself overflows
+    state = torch.baddbmm(
+        torch.zeros(1, 1, 1, device=v.device, dtype=v.dtype), k.transpose(1, 2), heads_v, beta=0.0, alpha=scale / N
+    )
+    out = torch.bmm(q, state).reshape(B, H, N, D).transpose(1, 2)
+    return out - z.to(v.dtype) * v_mean
+
+
+def mala_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sin: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Magnitude-aware linear attention in two products, linear in the number of tokens.
+
+    Args:
+        q, k, v: (B, N, H, D), the feature map not yet applied.
+        sin, cos: (N, D) of :func:`rotary_tables`, or None for no rotation.
+        scale: D^-0.5 by default.
+        backend: ``'reference'`` (N x N weights), ``'matmul'``, or ``'auto'``.
+
+    Returns:
+        (B, N, H, D).
+
+    Raises:
+        ValueError: for an unknown backend.
+    """
+    if backend == "reference":
+        return mala_attention_reference(q, k, v, sin, cos, scale)[0]
+    if backend != "auto" and backend != "matmul":
+        raise ValueError(f"mala_attention: backend {backend} is unknown: use one of auto, reference, matmul")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _two_products(torch.stack([q, k], dim=2), v, sin, cos, scale)
+
+
+def local_values(
+    v: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: tuple[int, int]
+) -> torch.Tensor:
+    """The depthwise convolution of values (B, P + H * W, C) on their grid; 0 for the P tokens before it."""
+    H, W = grid
+    B, N, C = v.shape
+    prefix = N - H * W
+    x = v[:, prefix:].reshape(B, H, W, C).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=C)
+    x = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
+    return F.pad(x, (0, 0, prefix, 0)) if prefix > 0 else x
+
+
+def mala_mix(
+    qkvo: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sin: torch.Tensor,
+    cos: torch.Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+    backend: str = "auto",
+) -> torch.Tensor:
+    """All that stands between the two projections of a MALA layer: ``(attention + local) * o``.
+
+    Args:
+        qkvo: (B, P + H * W, 4 * C): queries, keys, values (heads one after the other in each) and the gate o.
+        weight, bias: (C, 1, 5, 5) and (C) of the depthwise convolution of the values on the grid.
+        sin, cos: (P + H * W, D) of :func:`rotary_tables`, in qkvo's dtype.
+        grid: (H, W).
+        backend: ``'reference'``, ``'matmul'``, ``'triton'`` (fused kernels, see :func:`can_run_triton`), or ``'auto'``.
+
+    Returns:
+        (B, P + H * W, C).
+
+    Raises:
+        ValueError: for an unknown backend, or ``'triton'`` where it can't run.
+    """
+    B, N, C = qkvo.shape[0], qkvo.shape[1], qkvo.shape[2] // 4
+    qk, v, o = qkvo.split([2 * C, C, C], dim=-1)
+    qk = qk.reshape(B, N, 2, num_heads, C // num_heads)
+    heads_v = v.reshape(B, N, num_heads, C // num_heads)
+    if backend == "reference":
+        q, k = qk.unbind(dim=2)
+        y = mala_attention_reference(q, k, heads_v, sin, cos)[0]
+    elif backend == "auto" or backend == "matmul":
+        y = _two_products(qk, heads_v, sin, cos, (C // num_heads) ** -0.5)
+    else:
+        raise ValueError(f"mala_mix: backend {backend} is unknown: use one of auto, reference, matmul")
+    return (y.reshape(B, N, C) + local_values(v, weight, bias, grid)) * o
+
+
+def rotary_softmax_mix(
+    qkvo: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sin: torch.Tensor,
+    cos: torch.Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """:func:`mala_mix` with softmax attention of the rotated queries and keys in MALA's place (no feature map)."""
+    B, N, C = qkvo.shape[0], qkvo.shape[1], qkvo.shape[2] // 4
+    qk, v, o = qkvo.split([2 * C, C, C], dim=-1)
+    qk = rotate(qk.reshape(B, N, 2, num_heads, C // num_heads), sin, cos)
+    q, k = qk.unbind(dim=2)
+    heads_v = v.reshape(B, N, num_heads, C // num_heads)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), heads_v.transpose(1, 2))
+    y = y.transpose(1, 2).reshape(B, N, C)
+    return (y + local_values(v, weight, bias, grid)) * o
