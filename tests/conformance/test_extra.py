@@ -126,9 +126,10 @@ def test_batch_is_one_by_one(name):
 def test_bf16_after_float32(name):
     """A forward in float32 leaves nothing behind that a bfloat16 one trips over; and back again."""
     model, x = build(name)
+    fresh = copy.deepcopy(model).to(torch.bfloat16)
     with torch.no_grad():
         expected = model(x)
-        fresh = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
+        fresh = fresh(x.bfloat16())
         converted = model.to(torch.bfloat16)(x.bfloat16())
     assert converted.dtype == torch.bfloat16
     assert torch.equal(converted, fresh)
@@ -139,11 +140,15 @@ def test_bf16_after_float32(name):
 
 @over_models("sizes")
 def test_odd_sizes(name):
-    """Odd and non-square inputs, where the input size is free; a clear error where it is not."""
+    """Odd and non-square inputs, where the input size is free; where not, a clear error, and a model made for another."""
     if get_pretrained_cfg(name).fixed_input_size:
         model, x = build(name)
-        with pytest.raises((AssertionError, ValueError), match=r"\d"):
-            model(torch.randn(1, x.shape[1], x.shape[2] + 1, x.shape[3] + 3))
+        height, width = x.shape[2:]
+        with pytest.raises((AssertionError, ValueError), match=str(height)):
+            model(torch.randn(1, x.shape[1], height + 1, width + 3))
+        model, x = build(name, size=(2 * height, width), img_size=(2 * height, width))
+        with torch.no_grad():
+            assert_same(model(x), torch.cat([model(image[None]) for image in x]))
         return
     for height, width in ((97, 97), (64, 120), (101, 75)):
         model, x = build(name, size=(height, width))
