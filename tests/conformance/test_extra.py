@@ -140,7 +140,7 @@ def test_bf16_after_float32(name):
 
 @over_models("sizes")
 def test_odd_sizes(name):
-    """Odd and non-square inputs, where the input size is free; where not, a clear error, and a model made for another."""
+    """Odd and non-square inputs where the size is free; else a clear error, and a model made for another size."""
     if get_pretrained_cfg(name).fixed_input_size:
         model, x = build(name)
         height, width = x.shape[2:]
