@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from .conftest import ROOT, TINY, differences, only_run, state_of
 
 FULL = (
@@ -73,7 +74,7 @@ def test_auto_starts_where_nothing_is_and_takes_the_newest(train, tmp_path):
     args = f"{TINY} --dataset synthetic --synthetic-images 32 --num-classes 4 --epochs 1 --resume auto"
     assert "starting one" in train(f"{args} --stop-step 1")[1]
     run = only_run(tmp_path / "runs")
-    status, out, _ = train(args)
+    status, _, _ = train(args)
     assert status == 0 and only_run(tmp_path / "runs") == run and state_of(run)["position"]["epoch"] == 1
 
 

@@ -65,7 +65,9 @@ class Config:
     model_kwargs: dict = option({}, "further arguments of timm.create_model, as key=value")
     drop: float | None = option(None, "dropout before the classifier (drop_rate)", low=0, high=0.99)
     drop_path: float | None = option(None, "stochastic depth (drop_path_rate)", low=0, high=0.99)
-    aux_weight: float = option(1.0, "factor of the model's own losses (a load balance has its published weight in it)", low=0)
+    aux_weight: float = option(
+        1.0, "factor of the model's own losses, which have their published weight in them", low=0
+    )
     # optimizer
     opt: str = option("adamw", "any optimizer of timm.optim")
     lr: float = option(1e-3, "learning rate", low=0)
