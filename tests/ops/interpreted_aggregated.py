@@ -50,7 +50,7 @@ def problem(case):
         torch.randn(heads, dim) * 0.3, torch.rand(heads) + 1.0, torch.randn(heads, L) * 0.5,
         torch.randn(heads, N, P) * 0.5, torch.randn(heads, dim, L) * 0.3, torch.randn(heads, L) * 0.3,
     ]  # fmt: skip
-    return [*data, *params], (H, W, window), tiles
+    return [*data, *params], (H, W, window), fused.Plan(*[tiles] * 5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,7 +2,8 @@
 
 All of them name things alike: a tile holds BM tokens `n` of one (image, head); `unit` are its normalised queries,
 `asked` those that meet keys, (unit + query embedding) * tau * log(keys); L = WIN ** 2 neighbours lie in LP columns;
-logits and their log-sum-exp are in base 2.
+logits and their log-sum-exp are in base 2. Loops over neighbours are not unrolled: wide heads and windows of 5 would
+spill registers.
 """
 
 import triton
@@ -63,7 +64,7 @@ def _local_logits(
     """(BM, LP) logits of the neighbourhood; -inf off the map and beyond L."""
     column = tl.arange(0, LP)[None]
     logits = tl.full((n.shape[0], LP), float("-inf"), dtype=tl.float32)
-    for j in tl.static_range(WIN * WIN):
+    for j in range(WIN * WIN):
         row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
         key = _rows(K, row, kn, on, D, DP)
         logit = tl.sum(asked * key, 1) * _inverse_norm(key) + tl.load(BL + j).to(tl.float32)
@@ -139,7 +140,7 @@ def forward(
     learned = tl.dot(unit.to(Q.dtype.element_ty), tokens, input_precision=PREC)
     learned += tl.load(TB + head * L + column, mask=column < L, other=0.0).to(tl.float32)[None]
     weight = tl.exp2(local - lse[:, None]) + learned
-    for j in tl.static_range(WIN * WIN):
+    for j in range(WIN * WIN):
         row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
         share = tl.sum(tl.where(column[None] == j, weight, 0.0), 1)
         acc += share[:, None] * _rows(KV + kc, row, kn, on, D, DP)
@@ -201,7 +202,7 @@ def query_grad(
         out = _rows(OUT, n, heads * D, inside, D, DP)
         weight = tl.exp2(_local_logits(asked, KV, kn, BL, n, inside, H, W, D, DP, WIN, LP) - lse[:, None])
         d_weight = tl.zeros((BM, LP), dtype=tl.float32)
-        for j in tl.static_range(WIN * WIN):
+        for j in range(WIN * WIN):
             row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
             value = _rows(KV + kc, row, kn, on, D, DP)
             d_weight = tl.where(column[None] == j, tl.sum(grad * value, 1)[:, None], d_weight)
@@ -210,7 +211,7 @@ def query_grad(
         tl.store(DELTA + n, delta, mask=inside)
         d_logits = weight * (d_weight - delta[:, None])
         d_asked = tl.zeros((BM, DP), dtype=tl.float32)
-        for j in tl.static_range(WIN * WIN):
+        for j in range(WIN * WIN):
             row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
             key = _rows(KV, row, kn, on, D, DP)
             share = tl.sum(tl.where(column[None] == j, d_logits, 0.0), 1)
@@ -220,11 +221,11 @@ def query_grad(
         for start in range(0, P, BK):
             p = start + tl.arange(0, BK)
             inside_p = p < P
-            key = _rows(KVP, p, pn, inside_p, D, DP)
-            k_unit = (key * _inverse_norm(key)[:, None]).to(dtype)
+            key_p = _rows(KVP, p, pn, inside_p, D, DP)
+            k_unit = (key_p * _inverse_norm(key_p)[:, None]).to(dtype)
             pooled = tl.exp2(_pooled_logits(low_asked, k_unit, BP, n, p, inside, inside_p, P, PREC) - lse[:, None])
-            value = _rows(KVP + pc, p, pn, inside_p, D, DP).to(dtype)
-            d_pooled = tl.dot(low_grad, tl.trans(value), input_precision=PREC)
+            value_p = _rows(KVP + pc, p, pn, inside_p, D, DP).to(dtype)
+            d_pooled = tl.dot(low_grad, tl.trans(value_p), input_precision=PREC)
             d_pooled = (pooled * (d_pooled - delta[:, None])).to(dtype)
             d_asked = tl.dot(d_pooled, k_unit, d_asked, input_precision=PREC)
         low_d_weight = d_weight.to(dtype)
@@ -272,7 +273,7 @@ def key_grad(
     value = _rows(KV + kc, m, kn, inside, D, DP)
     d_key = tl.zeros((BM, DP), dtype=tl.float32)
     d_value = tl.zeros((BM, DP), dtype=tl.float32)
-    for j in tl.static_range(WIN * WIN):
+    for j in range(WIN * WIN):
         # the query whose neighbour j is m
         n, on = _neighbour(m, inside, H, W, WIN // 2 - j // WIN, WIN // 2 - j % WIN)
         q = _rows(Q, n, qn, on, D, DP)

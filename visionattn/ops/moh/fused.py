@@ -36,7 +36,9 @@ def pick_tiles(dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(128, 64, 4, 3)
     if row <= 256:
         return Tiles(128, 64, 8, 2)
-    return Tiles(64, 32, 4, 2)
+    if row <= 512:
+        return Tiles(64, 32, 4, 2)
+    return Tiles(32, 16, 4, 1)
 
 
 def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""Compiles Triton kernels as a launch would, for a GPU that is not there."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+class Recorder:
+    """In a kernel's place: takes a launch, and keeps its arguments."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: self.launches.append((args, named))
+
+    def compile(self, capability: int) -> list:
+        return [_compile(self.kernel, args, named, capability) for args, named in self.launches]
+
+
+def _compile(kernel, args, named, capability):
+    options = {k: named[k] for k in ("num_warps", "num_stages") if k in named}
+    constants = {k: v for k, v in named.items() if k not in options}
+    values = dict(zip([n for n in kernel.arg_names if n not in constants], args, strict=True))
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = constants.get(name, values.get(name))
+        if name in constants or (isinstance(value, int) and value == 1):
+            signature[name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _NAMES[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(compiled) -> str:
+    """Registers and spilled bytes, as the toolkit's cuobjdump prints them."""
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return next(line for line in out.splitlines() if "REG:" in line)

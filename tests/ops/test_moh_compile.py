@@ -1,0 +1,76 @@
+"""The kernels of mixture-of-head and aggregated attention compile, without a GPU, within the shared memory there is."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
+
+from tests.ops.cross_compile import SHARED_KIB, Recorder
+from visionattn.ops import aggregated, moh
+from visionattn.ops.aggregated import fused as aggregated_fused
+from visionattn.ops.moh import fused as moh_fused
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def record(monkeypatch, module, names) -> list[Recorder]:
+    recorders = [Recorder(getattr(module, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(module, name, recorder)
+    return recorders
+
+
+def moh_launches(monkeypatch, dim, dtype, N=1024):
+    recorders = record(monkeypatch, moh_fused.kernels, ["choosers", "moh_forward"])
+    qkv = torch.empty(2, N, 3, 4, dim, dtype=dtype)
+    moh_fused.forward(*qkv.unbind(2), torch.ones(2, N, 4), dim**-0.5)
+    return recorders
+
+
+def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
+    names = ["forward", "query_grad", "key_grad", "pool_grad", "bias_grad"]
+    recorders = record(monkeypatch, aggregated_fused.kernels, names)
+    B, N, heads, P, L = 2, side * side, 3, 49, window**2
+    shapes = [(B, N, heads, dim), (B, N, 2, heads, dim), (B, P, 2, heads, dim)]
+    tensors = [torch.empty(s, dtype=dtype) for s in shapes]
+    tensors += [torch.empty(s) for s in ((heads, dim), (heads,), (heads, L))]
+    tensors += [torch.empty(heads, N, P, dtype=dtype), torch.empty(heads, dim, L), torch.empty(heads, L)]
+    out, lse = aggregated_fused.forward(*tensors, side, side, window)
+    aggregated_fused.backward(out, *tensors, out, lse, side, side, window)
+    return recorders
+
+
+def check(recorders, capability) -> None:
+    for recorder in recorders:
+        assert recorder.launches
+        for compiled in recorder.compile(capability):
+            assert compiled.asm["ptx"]
+            assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_moh(capability, monkeypatch):
+    assert moh.can_run_triton is not None
+    check(moh_launches(monkeypatch, 64, torch.bfloat16), capability)
+
+
+@pytest.mark.parametrize("dim, dtype", [(72, "bf16"), (256, "fp32"), (16, "fp32")])
+def test_moh_in_the_least_shared_memory(dim, dtype, monkeypatch):
+    check(moh_launches(monkeypatch, dim, DTYPES[dtype], N=1000), 89)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_aggregated(capability, monkeypatch):
+    assert aggregated.can_run_triton is not None
+    check(aggregated_launches(monkeypatch, 24, torch.bfloat16), capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim, dtype, window", [(24, "fp32", 3), (64, "bf16", 5), (128, "fp32", 3)])
+def test_aggregated_in_the_least_shared_memory(dim, dtype, window, monkeypatch):
+    check(aggregated_launches(monkeypatch, dim, DTYPES[dtype], window, 28), 89)
