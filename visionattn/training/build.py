@@ -61,8 +61,14 @@ def build_model(cfg: Config, name: str, classes: int | None, about: dict[str, An
     """``timm.create_model`` with the options of a run, on the CPU. Raises UserError."""
     check_model_name(name)
     pretrained_cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
-    kwargs = dict(cfg.model_kwargs)
-    options = {"num_classes": classes, "in_chans": cfg.in_chans, "drop_rate": cfg.drop, "drop_path_rate": cfg.drop_path}
+    own = about if cfg.validate else {}  # a checkpoint that is evaluated knows how its model was built
+    kwargs = own.get("model_kwargs", {}) | cfg.model_kwargs
+    options = {
+        "num_classes": classes,
+        "in_chans": cfg.in_chans or own.get("in_chans"),
+        "drop_rate": cfg.drop,
+        "drop_path_rate": cfg.drop_path,
+    }
     # only models of one fixed size take an img_size; the others meet theirs in check_forward
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["img_size"] = cfg.img_size
@@ -74,8 +80,13 @@ def build_model(cfg: Config, name: str, classes: int | None, about: dict[str, An
         if cfg.validate and classes and in_file != classes:
             raise UserError(f"checkpoint {cfg.checkpoint} has {in_file} classes, the data set {classes}.")
     source = f" from checkpoint {cfg.checkpoint}" if cfg.checkpoint else ""
+    pretrained = bool(cfg.pretrained or cfg.checkpoint or cfg.validate)
+    if pretrained and not cfg.checkpoint and pretrained_cfg is not None and not pretrained_cfg.has_weights:
+        tagged = [n for n in timm.list_pretrained(name.split(".")[0] + ".*") if timm.get_pretrained_cfg(n).has_weights]
+        others = f" With weights: {', '.join(tagged[:5])}." if tagged else ""
+        raise UserError(f"model={name!r} has no published weights to load; give a file with --checkpoint.{others}")
     with refused(f"model={name!r}{source} with {kwargs} can't be built"):
-        return timm.create_model(name, pretrained=bool(cfg.pretrained or cfg.checkpoint), **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def data_config(cfg: Config, model: nn.Module, about: dict[str, Any], validate: bool) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _validate(trainer: Any) -> int:
     trainer.model.requires_grad_(False)
     result = trainer.evaluate(trainer.model)
     if trainer.world.first:
-        weights = cfg.checkpoint or ("published weights" if cfg.pretrained else "RANDOM weights")
+        weights = cfg.checkpoint or "published weights"
         data = trainer.data
         count = getattr(trainer.val_loader.dataset, "__len__", lambda: "?")()
         print(f"{cfg.validate} ({weights}): top1 {result['top1']:.3f}  top5 {result['top5']:.3f}  "
