@@ -4,7 +4,8 @@
     python benchmarks/aggregated.py --tune     # times of other tiles, for visionattn/ops/aggregated/fused.py
 
 The eager peer is written as the released code without its CUDA extension is: it unfolds keys and values. Peers run in
-turns; nothing is timed before outputs and gradients agree. Writes benchmarks/results/aggregated-<gpu>-torch<version>.csv.
+turns; nothing is timed before outputs and gradients agree.
+Writes benchmarks/results/aggregated-<gpu>-torch<version>.csv.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-import visionattn  # noqa: F401  registers the models
+import visionattn
 from visionattn.ops.aggregated import aggregated_attention
 from visionattn.ops.moh import moh_attention, top_k_gates
 
