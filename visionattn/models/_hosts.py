@@ -33,6 +33,7 @@ def host_cfg(host: type[nn.Module], size: int = 224, **kwargs: Any) -> dict[str,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": _STEM[host],
         "classifier": "head",
+        "license": "unknown" if kwargs.get("url") else "apache-2.0",  # the authors state none for their weights
         **kwargs,
     }
 
