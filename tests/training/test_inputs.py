@@ -49,7 +49,7 @@ WRONG = {
     "optimizer": (f"{SYNTHETIC} --opt adamm", "adamm", "Did you mean 'adam"),
     "optimizer argument": (f"{SYNTHETIC} --opt sgd --opt-kwargs wings=2", "sgd", "wings"),
     "schedule argument": (f"{SYNTHETIC} --sched-kwargs wings=2", "cosine", "wings"),
-    "augmentation": (f"{SYNTHETIC} --auto-augment rend-m9", "rend-m9"),
+    "augmentation": (f"{TINY} --data-dir PICTURES --auto-augment rend-m9", "rend-m9"),
     "odd batch for mixup": (f"{SYNTHETIC} --mixup 0.8 --batch-size 7", "batch_size=7", "even"),
     "warm-up": (f"{SYNTHETIC} --warmup-epochs 5", "warmup_epochs=5", "epochs=1"),
     "size": ("--model test_vit --img-size 100 --dataset synthetic --num-classes 4 --epochs 1", "test_vit", "100"),

@@ -49,6 +49,10 @@ def check_model_name(name: str, option: str = "model") -> None:
     if ":" not in name and not timm.is_model(name):
         known = timm.list_models() + timm.list_pretrained()
         raise UserError(f"{option}={name!r} is unknown.{nearest(name, known)} timm.list_models() lists them all.")
+    base, _, tag = name.partition(".")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{base}.*")]
+    if ":" not in name and tag and tag not in tags:
+        raise UserError(f"{option}={name!r}: {base} has no tag {tag!r}. It has {', '.join(tags) or 'none'}.")
 
 
 def default_chans(name: str) -> int:
@@ -108,12 +112,12 @@ def data_config(cfg: Config, model: nn.Module, about: dict[str, Any], validate: 
     return data
 
 
-def check_forward(model: nn.Module, data: dict[str, Any], classes: int | None) -> None:
+def check_forward(name: str, model: nn.Module, data: dict[str, Any], classes: int | None) -> None:
     """Two empty images through the model: it must take the size and answer with (2, classes). Raises UserError."""
     size = data["input_size"]
     device = next(model.parameters()).device
     model.eval()
-    with refused(f"the model refuses images of {size[1]} x {size[2]} px with {size[0]} channel(s); change --img-size"):
+    with refused(f"{name} refuses images of {size[1]} x {size[2]} px with {size[0]} channel(s); change --img-size"):
         with torch.no_grad():
             out = model(torch.zeros(2, *size, device=device))
         if not isinstance(out, torch.Tensor) or out.ndim != 2 or (classes and out.shape[1] != classes):
@@ -160,7 +164,7 @@ def build_optimizer(cfg: Config, module: nn.Module) -> torch.optim.Optimizer:
     """Any of timm's optimizers over the groups that weight decay and layer decay make. Raises UserError."""
     known = timm.optim.list_optimizers()
     if cfg.opt.lower().removeprefix("lookahead_") not in known:
-        raise UserError(f"opt={cfg.opt!r} is unknown.{nearest(cfg.opt, known)} One of {', '.join(known)}.")
+        raise UserError(f"opt={cfg.opt!r} is unknown.{nearest(cfg.opt, known)} timm.optim.list_optimizers() lists all.")
     with refused(f"opt={cfg.opt!r} with opt_kwargs={cfg.opt_kwargs} is not possible"):
         return timm.optim.create_optimizer_v2(
             module, cfg.opt, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum,

@@ -237,7 +237,9 @@ def _open(cfg: Config, split: str, training: bool, mode: str) -> Any:
 
 def class_names(dataset: Any) -> Any:
     """The classes a data set knows of (a dict or a sequence), or None."""
-    return getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "classes", None)
+    reader = getattr(dataset, "reader", None)
+    by_name = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folders, archives
+    return by_name or getattr(dataset, "classes", None)
 
 
 def open_datasets(cfg: Config, mode: str, validate: bool = False) -> tuple[Any, Any, int | None]:

@@ -68,7 +68,7 @@ class Trainer:
         self.classes = classes or self.model.num_classes
         layout = {"memory_format": torch.channels_last} if cfg.channels_last else {}
         self.model.to(self.device, **layout)
-        build.check_forward(self.model, self.data, self.classes)
+        build.check_forward(name, self.model, self.data, self.classes)
         self.autocast = lambda: contextlib.nullcontext()
         if cfg.amp != "none":
             dtype = torch.bfloat16 if cfg.amp == "bf16" else torch.float16
@@ -135,13 +135,13 @@ class Trainer:
         try:
             while self.epoch < self.epochs:
                 start = time.monotonic()
-                self._train_epoch()
+                self.train_epoch()
                 self._finish_epoch(start)
         finally:
             if self.reporter:
                 self.reporter.close()
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         cfg, total = self.cfg, len(self.loader)
         self.task.train()
         self.optimizer.zero_grad()
