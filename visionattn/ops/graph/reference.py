@@ -66,7 +66,9 @@ def neighbour_attention_reference(
         gathered = kv.reshape(B, N, H * 2 * D).gather(1, index).reshape(B, q.shape[1], K, H, 2 * D)
     k, v = gathered.split([D, D], dim=-1)
     logits = (q[:, :, None] * k).sum(-1) * float(D) ** -0.5  # (B, N, K, H)
-    w = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-5.0, 5.0).exp()
+    if logits.dtype == torch.float16 or logits.dtype == torch.bfloat16:  # what TorchScript understands
+        logits = logits.float()
+    w = logits.clamp(-5.0, 5.0).exp()
     if valid is not None:
         w = w * valid[..., None].to(w.dtype)
         w = w / w.sum(2, keepdim=True).clamp_min(1e-30)
