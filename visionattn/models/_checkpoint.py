@@ -136,11 +136,12 @@ def build_model_with_cfg(
 
     Raises:
         FileNotFoundError, CheckpointError: see :func:`read_state_dict`; also for a file that does not fit the model.
+        ValueError: for ``out_indices`` that the model does not have.
     """
     build = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
     build["pretrained_strict"] = pretrained_strict
     if not pretrained:
-        return _timm.build_model_with_cfg(model_cls, variant, False, pretrained_filter_fn=pretrained_filter_fn, **build)
+        return _build(model_cls, variant, False, pretrained_filter_fn=pretrained_filter_fn, **build)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     local = cfg.file if cfg.source == "local-dir" or (cfg.source != "hf-hub" and not cfg.state_dict) else None
     weights = None
@@ -172,7 +173,21 @@ def build_model_with_cfg(
         _fit(state_dict, model, variant, label, kwargs, pretrained_strict)
         return state_dict
 
-    return _timm.build_model_with_cfg(model_cls, variant, True, pretrained_filter_fn=filter_fn, **build)
+    return _build(model_cls, variant, True, pretrained_filter_fn=filter_fn, **build)
+
+
+def _build(model_cls: type[nn.Module], variant: str, pretrained: bool, **build: Any) -> nn.Module:
+    """timm's function, with a word on feature maps that a model does not have."""
+    asked = build.get("out_indices", (build.get("feature_cfg") or {}).get("out_indices"))
+    try:
+        return _timm.build_model_with_cfg(model_cls, variant, pretrained, **build)
+    except IndexError as error:
+        if not build.get("features_only"):
+            raise
+        raise ValueError(
+            f"{variant}: out_indices={asked} names feature maps that the model does not have: "
+            "use indices into its feature_info"
+        ) from error
 
 
 def _file_in(folder: Path) -> Path:

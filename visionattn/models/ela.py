@@ -170,7 +170,7 @@ def _create_resnet(variant: str, pretrained: bool, **kwargs: Any) -> ElaResNet:
 def _ela_resnet(variant: str, pretrained: bool, **kwargs: Any) -> ElaResNet:
     """``ela_{version}_{host}`` names both arguments."""
     _, version, host = variant.split("_")
-    return _create_resnet(variant, pretrained, **dict(_RESNETS[host], version=version, **kwargs))
+    return _create_resnet(variant, pretrained, **{**_RESNETS[host], "version": version, **kwargs})
 
 
 def _ela_mobilenetv2(variant: str, pretrained: bool, **kwargs: Any) -> ElaMobileNetV2:

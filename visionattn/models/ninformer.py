@@ -25,6 +25,8 @@ from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 
 __all__ = ["NiNformer"]
 
+POOLS = ("avg", "avgmax", "max", "")
+
 
 class NiNformer(nn.Module):
     """NiNformer image classifier: patches, blocks, mean over tokens, linear; no positions, no final norm.
@@ -37,7 +39,8 @@ class NiNformer(nn.Module):
         drop_rate: dropout inside the feed-forwards (0.5 as released).
 
     Raises:
-        ValueError: where patches do not tile the image; in forward, for another input size.
+        ValueError: where patches do not tile the image, for no blocks, or an unknown pooling.
+        AssertionError: in forward, for another input size.
     """
 
     def __init__(
@@ -56,6 +59,9 @@ class NiNformer(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"NiNformer: depth={depth}: use 1 block or more")
+        _check_pool(global_pool)
         self.img_size = to_2tuple(img_size)
         if any(size < patch_size or size % patch_size for size in self.img_size):
             raise ValueError(
@@ -87,9 +93,10 @@ class NiNformer(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
         if global_pool is not None:
+            _check_pool(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         dd = get_device_dtype(self)
         self.classifier = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.classifier.train(self.training)
@@ -162,6 +169,11 @@ class NiNformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in POOLS:
+        raise ValueError(f"NiNformer: global_pool={global_pool!r} is unknown: use one of {', '.join(map(repr, POOLS))}")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
