@@ -1,5 +1,10 @@
 """Agent and InLine attention and the depthwise residual: fast paths against the float64 reference, and their gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -8,6 +13,7 @@ from visionattn.ops.agent import agent_attention, agent_attention_reference, age
 from visionattn.ops.depthwise import depthwise_residual
 from visionattn.ops.inline import feature_map, inline_attention, inline_attention_reference
 
+HERE = Path(__file__).parent
 B, N, M, H, D, AGENTS = 2, 15, 12, 2, 8, 4
 
 
@@ -148,6 +154,26 @@ def test_depthwise_residual(images, prefix):
 def test_depthwise_residual_gradients(images, prefix, backend):
     inputs = residual_inputs(images, prefix, grad=True)
     assert gradcheck(lambda *xs: depthwise_residual(*xs, (3, 4), prefix, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("part", ["depthwise", "inline"])
+def test_interpreted(part):
+    """tests/ops/interpreted_*.py, where Triton is imported as an interpreter."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
+    command.append(str(HERE / f"interpreted_{part}.py"))
+    run = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+def test_triton_says_why_not():
+    with pytest.raises(ValueError, match="can't run: its sums are float32"):
+        depthwise_residual(*residual_inputs(1, 0), (3, 4), backend="triton")
+    single = [x.float() for x in residual_inputs(1, 0)]
+    with pytest.raises(ValueError, match="on cpu"):
+        depthwise_residual(*single, (3, 4), backend="triton")
 
 
 def test_unknown_backends():

@@ -11,8 +11,7 @@ import torch
 from timm.layers import register_notrace_module, to_2tuple
 from torch import nn
 
-from visionattn.ops.depthwise import depthwise_residual
-from visionattn.ops.inline import KERNELS, feature_map, inline_attention
+from visionattn.ops.inline import KERNELS, feature_map, inline_mix
 
 from .mixer import Mixer
 from .registry import register_module
@@ -128,21 +127,14 @@ class InLineAttention(Mixer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x_mean: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         """Projected tokens (B, P + N, C) and the mean token (B, C) to the mixed tokens, before the output projection."""
-        B, N, C = q.shape
-        heads = self.num_heads
         if self.kernel_func != "identity":
             q, k = feature_map(q, self.kernel_func), feature_map(k, self.kernel_func)
-        out = inline_attention(
-            q.reshape(B, N, heads, C // heads),
-            k.reshape(B, N, heads, C // heads),
-            v.reshape(B, N, heads, C // heads),
-            self.scale,
-        ).reshape(B, N, C)
         kernels = self.local_kernels(x_mean)
+        bias: torch.Tensor | None = None
         if self.get_v is not None:  # two depthwise convolutions of the same values are one
-            kernels = kernels + self.get_v.weight.reshape(1, C, 9)
-            return depthwise_residual(out, v, kernels, self.get_v.bias, grid, self.num_prefix_tokens)
-        return depthwise_residual(out, v, kernels, None, grid, self.num_prefix_tokens)
+            kernels = kernels + self.get_v.weight.reshape(1, self.dim, 9)
+            bias = self.get_v.bias
+        return inline_mix(q, k, v, kernels, bias, self.num_heads, grid, self.num_prefix_tokens, self.scale)
 
     def forward(
         self,

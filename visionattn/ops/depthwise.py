@@ -1,11 +1,15 @@
 """A 3 x 3 depthwise convolution of tokens on a grid, added to other tokens: what linear attention adds to its output.
 
-Agent attention adds the depthwise convolution of its values (ECCV 2024, arXiv 2312.08874, section 4.2), InLine attention
-one whose kernels are predicted per image (NeurIPS 2024, arXiv 2412.06590, section 4.3).
+Agent attention adds the depthwise convolution of its values (ECCV 2024, arXiv 2312.08874, section 4.2), InLine
+attention one whose kernels are predicted per image (NeurIPS 2024, arXiv 2412.06590, section 4.3).
 """
+
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def depthwise_residual_reference(
@@ -57,6 +61,39 @@ def depthwise_residual_conv(
     return out + local
 
 
+@torch.jit.unused
+def can_run_triton(out: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the Triton kernels can't run on these tensors; None where they can."""
+    if out.dtype == torch.float64 or v.dtype == torch.float64:
+        return "its sums are float32, the tensors float64"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if torch.onnx.is_in_onnx_export():
+        return "the export needs PyTorch's own operators"
+    if not out.is_cuda:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            return f"the tensors are on {out.device.type}, not on a CUDA GPU"
+    return None
+
+
+@torch.jit.unused
+def _triton(
+    out: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+) -> torch.Tensor:
+    from . import depthwise_triton  # triton is imported by whoever runs it
+
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return depthwise_triton.depthwise_residual_op(out, v, weight, bias, grid[0], grid[1], num_prefix_tokens)
+    return depthwise_triton.launch(out, v, weight, bias, grid[0], grid[1], num_prefix_tokens)
+
+
 def depthwise_residual(
     out: torch.Tensor,
     v: torch.Tensor,
@@ -75,13 +112,20 @@ def depthwise_residual(
         bias: (C) or None.
         grid: (H, W).
         num_prefix_tokens: P.
-        backend: ``'reference'``, ``'conv'``, or ``'auto'``.
+        backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: Triton on a
+            GPU, else the convolution.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, or one that can't run here.
     """
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and out.is_cuda)):
+        reason = can_run_triton(out, v)
+        if reason is None:
+            return _triton(out, v, weight, bias, grid, num_prefix_tokens)
+        if backend == "triton":
+            raise ValueError(f"depthwise_residual: backend 'triton' can't run: {reason}: use 'auto' or 'conv'")
     if backend == "reference":
         return depthwise_residual_reference(out, v, weight, bias, grid, num_prefix_tokens)
     if backend == "conv" or backend == "auto":
         return depthwise_residual_conv(out, v, weight, bias, grid, num_prefix_tokens)
-    raise ValueError(f"depthwise_residual: backend {backend} is unknown: use one of auto, reference, conv")
+    raise ValueError(f"depthwise_residual: backend {backend} is unknown: use one of auto, reference, conv, triton")

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .depthwise import can_run_triton, depthwise_residual
+
 KERNELS = ("identity", "relu", "leakyrelu", "exp")
 
 
@@ -74,3 +76,72 @@ def inline_attention(
     )
     out = torch.baddbmm(v_mean.reshape(B * H, 1, D), q.reshape(B * H, N, D), covariance)
     return out.reshape(B, H, N, D).transpose(1, 2)
+
+
+@torch.jit.unused
+def _triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float,
+) -> torch.Tensor:
+    from . import inline_triton  # triton is imported by whoever runs it
+
+    run = inline_triton.launch
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        run = inline_triton.inline_mix_op
+    return run(q, k, v, weight, bias, heads, grid[0], grid[1], num_prefix_tokens, scale)[0]
+
+
+def inline_mix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    grid: tuple[int, int],
+    num_prefix_tokens: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """InLine attention plus its local residual, a 3 x 3 depthwise convolution of the values (section 4.3).
+
+    Args:
+        q, k, v: (B, P + H * W, C), any strides, the feature map applied to q and k; heads lie side by side.
+        weight: (B, C, 9) kernels per image (or (1, C, 9) for all), taps row by row; they act on the grid's tokens.
+        bias: (C) or None, of the convolution.
+        heads: number of heads; divides C.
+        grid: (H, W).
+        num_prefix_tokens: P; these take part in the attention only.
+        scale: (C / heads)^-0.5 by default.
+        backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (three launches, no copies), or ``'auto'``:
+            Triton on a GPU, else the products.
+
+    Returns:
+        (B, P + H * W, C).
+
+    Raises:
+        ValueError: for an unknown backend, or one that can't run here.
+    """
+    B, N, C = q.shape
+    D = C // heads
+    factor = D**-0.5 if scale is None else scale
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and q.is_cuda)):
+        # wider heads: a D x D product per tile would spill
+        reason = can_run_triton(q, v) if D <= 64 else f"heads of {D} channels are wider than 64"
+        if reason is None:
+            return _triton(q, k, v, weight, bias, heads, grid, num_prefix_tokens, factor)
+        if backend == "triton":
+            raise ValueError(f"inline_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
+    local = "conv" if backend == "matmul" else backend
+    out = inline_attention(
+        q.reshape(B, N, heads, D), k.reshape(B, N, heads, D), v.reshape(B, N, heads, D), factor, backend
+    )
+    out = out.reshape(B, N, C)
+    return depthwise_residual(out, v, weight, bias, grid, num_prefix_tokens, local)
