@@ -7,6 +7,7 @@ Importing it registers every backbone of the zoo with timm (``timm.create_model`
 from . import models
 from .layers.insert import insert
 from .layers.registry import create_module, list_modules
+from .layers.to_moh import to_moh
 from .models.dit import create_dit
 from .ops.local.patterns import Cross, Disk, Neighborhood
 
@@ -22,6 +23,7 @@ __all__ = [
     "insert",
     "list_modules",
     "models",
+    "to_moh",
 ]
 
 _LAZY = {"sparsify": "visionattn.diffusion"}  # needs an extra, and its imports cost seconds
