@@ -2,7 +2,7 @@
 
     python benchmarks/backbones.py                              # the default list, eager, 224 px, batch 64
     python benchmarks/backbones.py --modes eager compile --batch 256 --models agent_swin_tiny resnet50
-    python benchmarks/backbones.py --sizes 224 512 1024 2048 --scale-batch --models inline_swin_tiny inline_swin_tiny@global
+    python benchmarks/backbones.py --sizes 224 1024 2048 --scale-batch --models inline_swin_tiny inline_swin_tiny@global
     python benchmarks/backbones.py --profile --models agent_swin_tiny   # where the time goes, and the share of copies
 
 ``NAME@global`` is the host of NAME with fused softmax attention over all tokens of each stage; ``NAME:key=value``

@@ -99,7 +99,7 @@ def test_another_resolution(fixture, tmp_path):
 @pytest.mark.parametrize("system", ["agent", "inline"])
 def test_counts(system):
     rows = json.loads((FIXTURES / system / "paper_table.json").read_text())["models"]
-    registered = {n for n in timm.list_models(f"{system}_*")}
+    registered = set(timm.list_models(f"{system}_*"))
     assert registered == set(rows)
     for name, row in rows.items():
         model = timm.create_model(name, device="meta")

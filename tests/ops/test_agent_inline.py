@@ -1,4 +1,4 @@
-"""Agent and InLine attention and the depthwise residual: fast paths against the float64 reference, and their gradients."""
+"""Agent and InLine attention, the depthwise residual: fast paths against the float64 reference, and their gradients."""
 
 import os
 import subprocess

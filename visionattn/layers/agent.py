@@ -39,8 +39,8 @@ class AgentAttention(EvalCache, Mixer):
         num_heads: heads; must divide dim.
         agent_num: number of agent tokens, a square number.
         window_size: grid that the tables are made for, an integer for a square one. ``grid`` is accepted for it;
-            ``window`` too, and then means DeiT's layer (one class token); ``num_patches`` too (a square number), and then
-            means PVT's layer; ``resolution`` too, and then means CSWin's layer, with ``idx`` and ``split_size``.
+            ``window`` too, and then means DeiT's layer (one class token); ``num_patches`` too (a square number), and
+            then means PVT's layer; ``resolution`` too, and then means CSWin's, with ``idx`` and ``split_size``.
         qkv_bias: biases of the projections.
         sr_ratio: None for one ``qkv`` projection; r >= 1 for ``q`` and ``kv`` apart, keys and values from an r times
             smaller map where r > 1.
@@ -164,7 +164,7 @@ class AgentAttention(EvalCache, Mixer):
 
     @torch.jit.ignore
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Makes the tables for another grid (a window or stripe, where the layer has one), as the authors' loader does."""
+        """Makes the tables for another grid (window, stripe), linearly, as the authors' loader does."""
         grid = to_2tuple(grid)
         if grid == self.grid:
             return
@@ -263,7 +263,7 @@ class AgentAttention(EvalCache, Mixer):
             return self._stripes(x, on)
         B, N, C = x.shape
         torch._assert(
-            N == on[0] * on[1] + self.num_prefix_tokens,
+            on[0] * on[1] + self.num_prefix_tokens == N,
             f"AgentAttention: the tokens are not the grid's and {self.num_prefix_tokens} before it: pass their grid",
         )
         if self.qkv is not None:

@@ -13,8 +13,9 @@ class EvalCache(nn.Module):
     """Keeps what :meth:`cached` computes, in eval mode and where no gradient is wanted.
 
     An entry is dropped when one of its weights was replaced or changed in place (tensors count their changes, also
-    those through ``state_dict()``), and all are dropped by ``train()``, ``eval()``, ``to()`` and ``load_state_dict()``. Only a
-    write through ``.data`` escapes. Copies and pickles leave the entries out, and state dicts never hold them.
+    those through ``state_dict()``), and all are dropped by ``train()``, ``eval()``, ``to()`` and
+    ``load_state_dict()``. Only a write through ``.data`` escapes. Copies and pickles leave the entries out, and state
+    dicts never hold them. Compiled code computes anew: its guards would not see a change of the weights.
     """
 
     __jit_ignored_attributes__ = ["_entries", "_constants"]

@@ -38,7 +38,7 @@ class InLineAttention(Mixer):
         num_prefix_tokens: P.
         proj_drop: dropout of the output.
         attn_drop: accepted and unused, as released.
-        idx, split_size: CSWin's branch and stripes; one branch over the whole map is all that a kernel per image allows.
+        idx, split_size: CSWin's branch and stripes; a kernel per image allows one branch over the whole map only.
         qk_norm, scale_norm, norm_layer: what timm hands an ``attn_layer`` too; off is all they can be.
 
     Raises:
@@ -126,7 +126,7 @@ class InLineAttention(Mixer):
     def _mix(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x_mean: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        """Projected tokens (B, P + N, C) and the mean token (B, C) to the mixed tokens, before the output projection."""
+        """Projected tokens (B, P + N, C) and the mean token (B, C) to what enters the output projection."""
         if self.kernel_func != "identity":
             q, k = feature_map(q, self.kernel_func), feature_map(k, self.kernel_func)
         kernels = self.local_kernels(x_mean)
@@ -151,7 +151,7 @@ class InLineAttention(Mixer):
             return self._mix(x[0], x[1], x[2], x_mean, on)
         N = x.shape[1]
         torch._assert(
-            N == on[0] * on[1] + self.num_prefix_tokens,
+            on[0] * on[1] + self.num_prefix_tokens == N,
             f"InLineAttention: the tokens are not the grid's and {self.num_prefix_tokens} before it: pass their grid",
         )
         if self.qkv is not None:

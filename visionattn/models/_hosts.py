@@ -20,7 +20,7 @@ _STEM[CSWinHost] = "stage1_conv_embed.0"
 
 
 def host_cfg(host: type[nn.Module], size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """A pretrained cfg with the authors' evaluation: both sides resized to int(256 / 224 * size), then a centre crop."""
+    """A pretrained cfg with the authors' evaluation: both sides to int(256 / 224 * size), then a centre crop."""
     return {
         "url": "",
         "num_classes": 1000,

@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 def init_host_weights(module: nn.Module) -> None:
-    """The authors' initialisation: linear layers truncated normal 0.02 and zero biases; tables and convolutions their own."""
+    """The authors' initialisation: linear layers truncated normal 0.02, zero biases; the rest has its own already."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

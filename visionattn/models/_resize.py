@@ -20,8 +20,10 @@ _BUFFERS = ("attn_mask", "relative_position_index")
 def resize_positions(
     table: torch.Tensor, old: tuple[int, int], height: int, width: int, num_prefix_tokens: int, mode: str
 ) -> torch.Tensor:
-    """A table of positions (1, P + H * W, C) for another map: ``'bicubic'`` as the authors load, ``'bilinear'`` as PVT does
-    in passing; prefix tokens are kept."""
+    """A table of positions (1, P + H * W, C) for another map; prefix tokens are kept.
+
+    ``mode`` is ``'bicubic'`` as the authors load, ``'bilinear'`` as PVT does in passing.
+    """
     if old[0] == height and old[1] == width:
         return table
     prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]

@@ -1,7 +1,7 @@
 """CSWin Transformer as a host: its attention is an argument, stage by stage and block by block.
 
-Paper of the host: 'CSWin Transformer' (CVPR 2022), https://arxiv.org/abs/2107.00652. The block owns the projections; each
-branch of it gets the projected queries, keys and values of its channels.
+Paper of the host: 'CSWin Transformer' (CVPR 2022), https://arxiv.org/abs/2107.00652. The block owns the projections;
+each branch of it gets the projected queries, keys and values of its channels.
 """
 
 from collections.abc import Sequence
@@ -93,8 +93,8 @@ class Merge(nn.Module):
 class CSWinHost(Pyramid):
     """CSWin with any attention that can take projected queries, keys and values.
 
-    Any input size: stripes that do not tile a map are padded, and the padding is not attended to; a branch that covers the
-    whole map goes on covering it.
+    Any input size: stripes that do not tile a map are padded, and the padding is not attended to (a mechanism's stripes
+    have no mask, and see zeros); a branch that covers the whole map goes on covering it.
 
     Args:
         img_size: input size that the tables are made for.
@@ -214,8 +214,8 @@ class CSWinHost(Pyramid):
 
         Args:
             img_size: the new size; the present one by default.
-            split_size, la_split_size: stripes, as the constructor has them; by default they follow the map, or stay what
-                the constructor was given.
+            split_size, la_split_size: stripes, as the constructor has them; by default they follow the map, or stay
+                what the constructor was given.
         """
         self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
         if split_size is not None:

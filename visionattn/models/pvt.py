@@ -66,7 +66,7 @@ class AddPositions(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor, made_for: tuple[int, int]) -> torch.Tensor:
-        B, H, W, C = x.shape
+        H, W, C = x.shape[1], x.shape[2], x.shape[3]
         return self.drop(x + resize_positions(table, made_for, H, W, 0, "bilinear").reshape(1, H, W, C))
 
 

@@ -1,7 +1,7 @@
 """Swin Transformer v1 as a host: its attention is an argument, stage by stage and block by block.
 
-Paper of the host: 'Swin Transformer' (ICCV 2021), https://arxiv.org/abs/2103.14030. Agent Attention and InLine attention
-put their layers into its leading stages, with windows as large as the map; the names are the authors'.
+Paper of the host: 'Swin Transformer' (ICCV 2021), https://arxiv.org/abs/2103.14030. Agent Attention and InLine
+attention put their layers into its leading stages, with windows as large as the map; the names are the authors'.
 """
 
 from collections.abc import Sequence
@@ -158,11 +158,11 @@ class SwinHost(Pyramid):
         img_size: input size that the tables are made for.
         attn_layer: the mechanism: a registered mixer's name or a class.
         attn_type: a letter per stage, see :func:`visionattn.models._plan.mixes`.
-        window_size: the mechanism's window W at stage 1, clipped to each stage's map; softmax blocks have max(7, W // 8).
-            By default the whole map, a quarter of img_size.
+        window_size: the mechanism's window W at stage 1, clipped to each stage's map; softmax blocks have
+            max(7, W // 8). By default the whole map, a quarter of img_size.
         agent_num: agents per stage; only for mechanisms that take it.
-        agent_shapes: the dense copies' ``downstream_agent_shapes``: (p, r) agents per stage. Switches to their behaviour
-            at every size.
+        agent_shapes: the dense copies' ``downstream_agent_shapes``: (p, r) agents per stage. Switches to their
+            behaviour at every size.
         out_norm: a norm per output map (``norm0`` ... ``norm3``), as the dense copies have; switches too.
         attn_args: further arguments of the mechanism.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: of the head, MLPs and projections, attention, blocks.

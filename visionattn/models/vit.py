@@ -64,8 +64,9 @@ class PlainAttention(Attention):
 class ViTHost(VisionTransformer):
     """A VisionTransformer (class token, learned positions) with any attention, at any input size.
 
-    At sizes other than ``img_size``, positions are resized bicubically, as the authors' loader does, and the mechanism's
-    tables bilinearly; sizes that the patches don't divide are padded with zeros on the right and at the bottom.
+    At sizes other than ``img_size``, positions are resized bicubically, as the authors' loader does, and the
+    mechanism's tables bilinearly; sizes that the patches don't divide are padded with zeros on the right and at the
+    bottom.
 
     Args:
         img_size: input size that positions and tables are made for.
@@ -168,7 +169,7 @@ class ViTHost(VisionTransformer):
         update_model_input_size(self, img_size, patch_size=patch_size)
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """A map of patches (B, H, W, C) to the class token and its patches, (B, 1 + H * W, C), positions added."""
+        """A map of patches (B, H, W, C) to the class token and its patches, (B, 1 + H * W, C), with positions."""
         B, H, W, C = x.shape
         positions = resize_positions(self.pos_embed, self.grid, H, W, self.num_prefix_tokens, "bicubic")
         x = torch.cat([self.cls_token.expand(B, -1, -1), x.reshape(B, H * W, C)], dim=1)
@@ -195,8 +196,10 @@ class ViTHost(VisionTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Final tokens and the outputs of the chosen blocks, as maps (``'NCHW'``) or tokens (``'NLC'``), without the class
-        token unless ``return_prefix_tokens``."""
+        """Final tokens and the outputs of the chosen blocks, as maps (``'NCHW'``) or tokens (``'NLC'``).
+
+        The class token is left out of them, unless ``return_prefix_tokens``.
+        """
         assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x = self.patch_embed(x)

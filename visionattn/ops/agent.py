@@ -1,4 +1,4 @@
-"""Agent attention (ECCV 2024, arXiv 2312.08874, section 4): a few agent tokens gather from the keys and are spread again."""
+"""Agent attention (ECCV 2024, arXiv 2312.08874, section 4): a few agents gather from the keys and are spread again."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def agent_attention_reference(
     """Equation 6 of the paper in plain products.
 
     Returns:
-        The output (B, N, H, D), the agents' weights over keys (B, H, n, M), the queries' weights over agents (B, H, N, n).
+        The output (B, N, H, D), the agents' weights over the keys (B, H, n, M), the queries' over agents (B, H, N, n).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bahd,bmhd->bham", agents * scale, k)
@@ -89,7 +89,7 @@ def pool_agents(q: torch.Tensor, grid: tuple[int, int], agent_shape: tuple[int, 
     H, W = grid
     p, r = agent_shape
     x = q.reshape(B, H, W, C)
-    if H == p and W == r:
+    if p == H and r == W:
         return q
     if H % p == 0 and W % r == 0:
         return x.reshape(B, p, H // p, r, W // r, C).mean(dim=(2, 4)).reshape(B, p * r, C)

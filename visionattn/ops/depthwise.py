@@ -112,8 +112,8 @@ def depthwise_residual(
         bias: (C) or None.
         grid: (H, W).
         num_prefix_tokens: P.
-        backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: Triton on a
-            GPU, else the convolution.
+        backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: Triton
+            on a GPU, else the convolution.
 
     Raises:
         ValueError: for an unknown backend, or one that can't run here.

@@ -1,6 +1,6 @@
 """Triton kernels of the depthwise residual: values are read where they lie (any strides), the sum is written once.
 
-``visionattn::depthwise_residual`` and its two gradients are custom operators, so that compile and export see through them.
+``visionattn::depthwise_residual`` and its two gradients are custom operators: compile and export see through them.
 Products are summed in float32 whatever the dtypes, which may differ: under autocast no weight needs a cast.
 """
 

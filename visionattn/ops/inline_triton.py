@@ -1,7 +1,7 @@
-"""Triton kernels of InLine attention with its local residual: nothing is permuted or copied, the output is written once.
+"""Triton kernels of InLine attention with its local residual: nothing is permuted, the output is written once.
 
-Forward, three launches: sums over tokens in chunks (k^T v, k, v), their covariance, and one pass over the queries which adds
-the 3 x 3 convolution of the values. The gradient has the same shape: the gradient of the covariance is a sum of q^T g, and
+Forward, three launches: sums over tokens in chunks (k^T v, k, v), their covariance, and one pass over the queries which
+adds the 3 x 3 convolution of the values. The gradient has the same shape: that of the covariance is a sum of q^T g, and
 one pass writes the gradients of q, k and v. ``visionattn::inline_mix`` is the operator.
 """
 
