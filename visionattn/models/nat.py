@@ -43,7 +43,7 @@ class NATBlock(nn.Module):
     """Pre-norm neighbourhood attention and MLP on maps (B, H, W, C), each residual and optionally scaled.
 
     Args:
-        layer_scale: initial value of the per-channel factors ``gamma1, gamma2`` of the two branches; None for none.
+        layer_scale: initial value of the per-channel factors ``gamma1, gamma2`` of the two branches; None or 0 for none.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class NATBlock(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.layer_scale = layer_scale
+        self.layer_scale = layer_scale or None
         self.norm1 = norm_layer(dim, **dd)
         self.attn = NeighborhoodAttention(
             dim, num_heads, kernel_size, dilation, dims=2, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop,
@@ -75,7 +75,7 @@ class NATBlock(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        if layer_scale is None:
+        if self.layer_scale is None:
             self.register_parameter("gamma1", None)
             self.register_parameter("gamma2", None)
         else:
@@ -123,7 +123,8 @@ class NAT(nn.Module):
         dilations: of each block, a sequence for each stage; None is 1 everywhere. Constants, whatever the map's size:
             a map below kernel_size * dilation is zero-padded.
         mlp_ratio: width of the MLPs over the block's.
-        layer_scale: initial value of the factors of the residual branches, None for none.
+        layer_scale: initial value of the factors of the residual branches; None or 0 for none (timm drops arguments
+            that are None).
         swin_layout: Swin's patch embedding and merging instead of overlapping convolutions (the ``dinat_s`` models).
         out_norm: features go through a norm of their own stage, as in the released backbones of detection and
             segmentation. A file of such a backbone switches it on.
