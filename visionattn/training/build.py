@@ -21,7 +21,7 @@ from timm.task import (
 )
 from torch import nn
 
-import visionattn  # noqa: F401  (registers the zoo)
+import visionattn
 
 from .checkpoint import check_weights
 from .config import Config, UserError, nearest
@@ -90,7 +90,11 @@ def build_model(cfg: Config, name: str, classes: int | None, about: dict[str, An
         others = f" With weights: {', '.join(tagged[:5])}." if tagged else ""
         raise UserError(f"model={name!r} has no published weights to load; give a file with --checkpoint.{others}")
     with refused(f"model={name!r}{source} with {kwargs} can't be built"):
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if active := cfg.moh_active or own.get("moh_active"):
+        with refused(f"model={name!r} with moh_active={active} is not possible"):
+            visionattn.to_moh(model, active)
+    return model
 
 
 def data_config(cfg: Config, model: nn.Module, about: dict[str, Any], validate: bool) -> dict[str, Any]:

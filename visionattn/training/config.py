@@ -63,6 +63,9 @@ class Config:
     pretrained: bool = option(False, "start from the model's published weights")
     checkpoint: str = option("", "weights to start from, or to validate: .safetensors, or a .pth of tensors only")
     model_kwargs: dict = option({}, "further arguments of timm.create_model, as key=value")
+    moh_active: float | None = option(
+        None, "visionattn.to_moh: a dense Vision Transformer goes on with this share of its heads", low=0.01, high=1
+    )
     drop: float | None = option(None, "dropout before the classifier (drop_rate)", low=0, high=0.99)
     drop_path: float | None = option(None, "stochastic depth (drop_path_rate)", low=0, high=0.99)
     aux_weight: float = option(

@@ -350,7 +350,8 @@ class Trainer:
     def about(self) -> dict[str, Any]:
         """What the weights file says about itself: enough to evaluate it, and where it comes from."""
         return {"model": self.cfg.model, "num_classes": self.classes, "in_chans": self.data["input_size"][0],
-                "model_kwargs": self.cfg.model_kwargs, "data": self.data, "epoch": self.epoch, "step": self.step,
+                "model_kwargs": self.cfg.model_kwargs, "moh_active": self.cfg.moh_active, "data": self.data,
+                "epoch": self.epoch, "step": self.step,
                 "best": self.best, "ema": self.task.has_ema(), "timm": timm.__version__,
                 "torch": str(torch.__version__)}  # fmt: skip
 
