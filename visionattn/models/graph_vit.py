@@ -127,9 +127,9 @@ class GraphViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, neighbour: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         x = x + self.drop_path(self.O(self.drop(self.attention(x, neighbour, valid))))
-        x = self.norm1(x.transpose(1, 2)).transpose(1, 2) if self.batch_norm else self.norm1(x)
+        x = self.norm1(x.flatten(0, 1)).reshape(x.shape) if self.batch_norm else self.norm1(x)
         x = x + self.drop_path(self.FFN_layer2(self.drop(F.relu(self.FFN_layer1(x)))))
-        return self.norm2(x.transpose(1, 2)).transpose(1, 2) if self.batch_norm else self.norm2(x)
+        return self.norm2(x.flatten(0, 1)).reshape(x.shape) if self.batch_norm else self.norm2(x)
 
 
 class GraphViT(nn.Module):
