@@ -52,7 +52,9 @@ def load_config(values: dict[str, Any]) -> TrainConfig:
         if key not in known:
             raise UserError(f"{key!r} is no option of a graph run: known are {', '.join(known)}.")
         default = known[key].default
-        if isinstance(default, bool | int | float | str) and default is not None:
+        if value is None and isinstance(default, str):
+            values = values | {key: ""}
+        elif isinstance(default, bool | int | float | str):
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
                 raise UserError(f"{key}={value!r} is not a {type(default).__name__}.")
