@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import os
+import re
 from typing import NamedTuple
 
 import timm
@@ -41,9 +42,11 @@ class Skeleton(NamedTuple):
 @functools.cache
 def skeleton(name: str) -> Skeleton:
     model = timm.create_model(name, device="meta")
-    layers = frozenset(type(module).__qualname__ for module in model.modules())
+    layers = {type(module).__qualname__ for module in model.modules()} - {"Identity", "DropPath", "Dropout"}
+    # the last parts of the parameters' names tell apart what one class is with and without an option
+    layers |= {re.sub(r"\d+", "", ".".join(name.split(".")[-2:])) for name, _ in model.named_parameters()}
     parameters = sum(p.numel() for p in model.parameters())
-    return Skeleton(model_entrypoint(name).__module__, type(model).__qualname__, layers, parameters)
+    return Skeleton(model_entrypoint(name).__module__, type(model).__qualname__, frozenset(layers), parameters)
 
 
 def is_non_std(name: str) -> bool:
@@ -88,8 +91,8 @@ def smallest() -> list[str]:
     """The ``test_*`` models and the smallest variant of each family and host.
 
     A family is a module that registers models. Two of its models share a host where they have the same class and are
-    made of the same kinds of layers: ResNet-18 and ResNet-50 differ (basic and bottleneck blocks), widths and depths
-    don't. So a new family takes part without an entry in a table.
+    made of the same kinds of layers: ResNet-18 and ResNet-50 differ (basic and bottleneck blocks), widths, depths and
+    rates of dropout don't. So a new family takes part without an entry in a table.
     """
     chosen: dict[tuple, tuple[int, str]] = {}
     for name in ours():
