@@ -6,6 +6,7 @@ A checkpoint holds whole tensors, whatever wrote it; so one written by FSDP load
 import dataclasses
 import datetime
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -108,7 +109,9 @@ def shard(module: nn.Module, world: World) -> None:
 def wrap_ddp(task: TrainingTask, cfg: Config, world: World) -> None:
     """DDP around the trained part. BatchNorm buffers follow rank 0 at each step, unless dist_bn says otherwise."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    task.prepare_distributed(device_ids=ids, broadcast_buffers=cfg.dist_bn == "broadcast")
+    with warnings.catch_warnings():  # newer releases rename the argument; the oldest one supported has this name only
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        task.prepare_distributed(device_ids=ids, broadcast_buffers=cfg.dist_bn == "broadcast")
 
 
 def share_batchnorm(modules: list[nn.Module], cfg: Config, world: World) -> None:
