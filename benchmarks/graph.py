@@ -120,7 +120,8 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     rows = [
         {
-            "way": name, "ms a step": round(statistics.median(t), 3), "peer over this": round(peer / statistics.median(t), 2),
+            "way": name, "ms a step": round(statistics.median(t), 3),
+            "peer over this": round(peer / statistics.median(t), 2),
             "peak MiB": round(memory.get(name, 0)), "nodes": round(sum(n for n, _ in totals) / len(totals)),
             "edges": round(sum(m for _, m in totals) / len(totals)), "device": gpu, "torch": torch.__version__,
         }

@@ -5,6 +5,7 @@ and forward, loss, backward and Adam follow without a launch from Python. Paddin
 nor accuracy, so a captured step computes what a plain one does.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -55,6 +56,10 @@ def load_config(values: dict[str, Any]) -> TrainConfig:
         if value is None and isinstance(default, str):
             values = values | {key: ""}
         elif isinstance(default, bool | int | float | str):
+            if isinstance(default, float) and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+                with contextlib.suppress(ValueError):
+                    value = float(value)
+                    values = values | {key: value}
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
                 raise UserError(f"{key}={value!r} is not a {type(default).__name__}.")
