@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
@@ -172,3 +173,12 @@ def test_refused():
         timm.create_model("test_mala", attn_type="linea")
     with pytest.raises(ValueError, match="differ in length"):
         timm.create_model("test_mala", depths=(1, 1))
+
+
+@pytest.mark.parametrize("name", ["mala_tiny", "mala_small", "mala_base", "mala_large"])
+def test_flops(name):
+    """Products and convolutions of one image, as PyTorch counts them, within 1 % of the released code's."""
+    model = timm.create_model(name, device="meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert abs(counter.get_total_flops() / 1e9 / TABLE[name]["torch_flop_counter_gflops"] - 1) < 0.01

@@ -48,6 +48,8 @@ class ChannelNorm(nn.Module):
         self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_meta:  # which knows no autocast
+            return self.norm(x)
         return fast_layer_norm(x, [self.dim], self.norm.weight, self.norm.bias, self.norm.eps)
 
 
@@ -267,7 +269,7 @@ class MAViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        last = [(r"^(proj|norm|extra_norms)\b", (99999,))]
+        last = [(r"^(?:proj|norm|extra_norms)\b", (99999,))]
         if coarse:
             return dict(stem=r"^patch_embed", blocks=[(r"^layers\.(\d+)", None), *last])
         blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,))]
