@@ -277,3 +277,49 @@ def test_arguments():
         timm.create_model("test_agent_swin", window=3)
     with pytest.raises(ValueError, match="at least 32"):
         timm.create_model("agent_pvt_tiny", img_size=16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_compiles_as_one_graph(name, training):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = timm.create_model(name).train(training)
+    x = torch.randn(1, 3, 48, 64)  # not the built size: tables are resized inside the graph
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    if training:
+        compiled(x).mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@torch.no_grad()
+def test_classifiers_on_a_gpu(name, tmp_path):
+    """The kernels' path, in float32 without TF32, against the same fixtures."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    manifest, state, expected = load(name)
+    model = created(name, state, tmp_path).cuda()
+    x = torch.from_numpy(fx.inputs(manifest)["x"]).cuda()
+    assert relative_error(model(x), expected["logits"]) < 2 * TOLERANCE
+    with torch.autocast("cuda", torch.bfloat16):
+        assert relative_error(model(x).float(), expected["logits"]) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL, "inline_cswin_tiny", "inline_pvt_tiny"])
+def test_gradients_on_a_gpu(name):
+    """Against the CPU's, which has other kernels; and the compiled step against the eager one."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    model = timm.create_model(name, drop_path_rate=0.0, **HOST_MODELS.get(name, {}), img_size=64)
+    x, weights = torch.randn(2, 3, 64, 64), torch.randn(2, 1000)
+    (model(x) * weights).sum().backward()
+    expected = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model, x, weights = model.cuda(), x.cuda(), weights.cuda()
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        (run(x) * weights).sum().backward()
+        for k, p in model.named_parameters():
+            assert relative_error(p.grad, expected[k].numpy()) < 1e-3, k
