@@ -193,7 +193,7 @@ class NeighborhoodAttention(Mixer):
         elif prefix > 0:
             return self._attend_with_prefix(q, k, v, grid, prefix, dropout)
         elif backend == "auto":
-            backend = choose_backend(q, v, dropout)
+            backend = choose_backend(q, k, v, self.pattern, self.dims, self.rpb, self.scale, dropout)
         if backend == "tiles":  # padding has seen to what the operator checks
             return tiled_attention(
                 q, k, v, grid, self.kernel_size, self.dilation, self.stride, self.causal, self.rpb, self.scale, dropout

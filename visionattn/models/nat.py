@@ -43,7 +43,7 @@ class NATBlock(nn.Module):
     """Pre-norm neighbourhood attention and MLP on maps (B, H, W, C), each residual and optionally scaled.
 
     Args:
-        layer_scale: initial value of the per-channel factors ``gamma1, gamma2`` of the two branches; None or 0 for none.
+        layer_scale: initial value of the per-channel factors ``gamma1, gamma2`` of the branches; None or 0 for none.
     """
 
     def __init__(

@@ -6,11 +6,14 @@ operator of :mod:`visionattn.ops.local` takes over.
 """
 # ruff: noqa: RUF005  (TorchScript, which compiles most of this file, has no unpacking in lists)
 
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
 
-from .local import Neighborhood, local_attention
-from .local import api as local_api
+from .local import Neighborhood, local_attention, planner
+from .local.patterns import encode
 
 
 def neighborhood_attention(
@@ -43,8 +46,9 @@ def neighborhood_attention(
         scale: factor of q.k, D ** -0.5 by default.
         dropout: probability with which an attention weight is dropped (the others grow); for training.
         backend: ``'tiles'``, the implementation of this file: any device, dtype and program. Or a backend of
-            :func:`visionattn.ops.local.local_attention`, without dropout. ``'auto'`` is ``'tiles'`` on a CPU, in
-            exported graphs and with dropout, else that operator's choice.
+            :func:`visionattn.ops.local.local_attention`, without dropout. ``'auto'`` is that operator's choice on CUDA
+            where its fused kernels run, else (a CPU, exported graphs, dropout, float64 ...) ``'tiles'``; kernels that
+            can't run on CUDA are reported once, as a warning.
 
     Returns:
         (B, N, H, Dv) in q's dtype.
@@ -54,8 +58,9 @@ def neighborhood_attention(
     """
     pattern = window if isinstance(window, Neighborhood) else Neighborhood(window, stride, dilation, causal)
     axes = pattern.axes(grid)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if backend == "auto":
-        backend = choose_backend(q, v, dropout)
+        backend = choose_backend(q, k, v, pattern, len(axes), bias, scale, dropout)
     if backend != "tiles":
         if dropout > 0.0:
             raise ValueError(f"backend={backend!r} has no dropout={dropout}: use 'tiles', or no attention dropout")
@@ -65,17 +70,50 @@ def neighborhood_attention(
     return tiled_attention(
         q, k, v, [axis.length for axis in axes], lengths, [axis.dilation for axis in axes],
         [axis.stride for axis in axes], [axis.causal for axis in axes], bias,
-        float(q.shape[-1]) ** -0.5 if scale is None else scale, dropout,
+        scale, dropout,
     )  # fmt: skip
 
 
-def choose_backend(q: torch.Tensor, v: torch.Tensor, dropout: float) -> str:
-    """What ``backend='auto'`` of :func:`neighborhood_attention` is for these tensors: ``'tiles'`` or ``'local'``."""
-    if not q.is_cuda or dropout > 0.0 or torch.jit.is_tracing() or torch.compiler.is_exporting():
+def choose_backend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Neighborhood,
+    dims: int,
+    bias: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> str:
+    """What ``backend='auto'`` of :func:`neighborhood_attention` is: ``'tiles'``, or ``'local'`` (fused kernels)."""
+    if not q.is_cuda or dropout > 0.0 or scale <= 0.0 or v.shape[-1] != q.shape[-1] or torch.jit.is_tracing():
         return "tiles"
-    if "triton" not in local_api.BACKENDS or v.shape[-1] != q.shape[-1]:
-        return "tiles"  # what is left there is dense
-    return "local"
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    reason = _kernels_reason(
+        str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]),
+        tuple(encode(pattern, dims)), dims, False, False, None if bias is None else bias.dtype, False, grad,
+    )  # fmt: skip
+    return "local" if reason is None else "tiles"
+
+
+def _fixed(n: int) -> int:
+    """n, as a constant of a graph whose sizes are symbolic."""
+    return len(range(n))
+
+
+@torch.compiler.assume_constant_result
+def _kernels_reason(*key) -> str | None:
+    # asked here, where Dynamo runs Python: its own answer to is_exporting() depends on torch's version
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "an export takes operators that every consumer knows"
+    reason = planner.static_reason(*key)
+    if reason is not None:
+        _report(reason)
+    return reason
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    warnings.warn(f"neighborhood_attention runs without fused kernels, slower: {reason}", stacklevel=2)
 
 
 def _local_name(backend: str) -> str:
