@@ -112,6 +112,8 @@ def train(model: str, size: int, kwargs: dict, seed: int, epochs: int) -> dict:
             raise SystemExit(f"digits.py: the run of {model} with {kwargs} failed, see above")
         summary = next(Path(folder).rglob("summary.csv"))
         rows = list(csv.DictReader(summary.open()))
+    if len(rows) != epochs:  # a signal stops a run with its state saved, and that is no failure to train.py
+        raise SystemExit(f"digits.py: the run of {model} with {kwargs} was stopped; start again to go on from here")
     top1 = [float(row["eval_top1"]) for row in rows if row["eval_top1"]]
     count = sum(p.numel() for p in timm.create_model(model, num_classes=10, **kwargs).parameters())
     return dict(

@@ -181,13 +181,13 @@ def mala_mix(
         weight, bias: (C, 1, 5, 5) and (C) of the depthwise convolution of the values on the grid.
         sin, cos: (P + H * W, D) of :func:`rotary_tables`, in qkvo's dtype.
         grid: (H, W).
-        backend: ``'reference'``, ``'matmul'``, ``'triton'`` (fused kernels, see :func:`can_run_triton`), or ``'auto'``.
+        backend: ``'reference'`` (N x N weights), ``'matmul'``, or ``'auto'``.
 
     Returns:
         (B, P + H * W, C).
 
     Raises:
-        ValueError: for an unknown backend, or ``'triton'`` where it can't run.
+        ValueError: for an unknown backend.
     """
     B, N, C = qkvo.shape[0], qkvo.shape[1], qkvo.shape[2] // 4
     qk, v, o = qkvo.split([2 * C, C, C], dim=-1)
