@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import visionattn
+from tests.extras import require_extra
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
 from visionattn.layers import NeighborhoodAttention
@@ -297,10 +302,21 @@ def test_in_timms_vision_transformer():
 
 
 def test_natten_as_second_oracle():
-    natten = pytest.importorskip("natten", reason="natten is not installed")
+    natten = require_extra("natten", "natten")
     torch.manual_seed(0)
     for grid, window, dilation in (((13, 9), 3, 2), ((14, 11), 7, 1), ((8, 9, 10), 3, 2)):
         q, k, v = (torch.randn(1, *grid, 2, 32) for _ in range(3))
         theirs = {2: natten.na2d, 3: natten.na3d}[len(grid)](q, k, v, kernel_size=window, dilation=dilation)
         ours = neighborhood_attention(*(x.flatten(1, len(grid)) for x in (q, k, v)), grid, window, dilation)
         torch.testing.assert_close(ours, theirs.flatten(1, len(grid)), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("interpreted_neighborhood.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(file)]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
