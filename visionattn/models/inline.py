@@ -175,7 +175,7 @@ def inline_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSWinHost:
 @register_model
 def test_inline_deit(pretrained: bool = False, **kwargs: Any) -> ViTHost:
     """A small InLine-DeiT for tests and demonstrations; not published."""
-    settings = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4)
+    settings = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4, drop_path_rate=0.0)
     return create_host(ViTHost, "test_inline_deit", pretrained, {**_DEIT, **settings}, kwargs)
 
 
