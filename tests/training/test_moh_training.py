@@ -1,11 +1,14 @@
 """train.py on models with routed heads: their load-balance loss, and dense models that go on as MoH ones."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.training.conftest import only_run
+from tests.training.conftest import ROOT, only_run, state_of
+from tests.training.test_distributed import LAUNCH, free_ports
 from visionattn.layers.moh import MoHAttention
 from visionattn.training import config, distributed
 from visionattn.training.engine import Trainer
@@ -58,3 +61,18 @@ def test_moh_active_is_what_to_moh_does():
 def test_refuses_other_models(train):
     status, _, err = train(f"--model test_resnet --img-size 32 --moh-active 0.5 {COMMON}")
     assert status != 0 and "moh_active=0.5" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", ["", "--fsdp"])
+def test_two_ranks(how, tmp_path):
+    """Every parameter is reached on every rank, and the routed layers' own loss changes what is learned."""
+    weights = []
+    for weight in (0.0, 50.0):
+        out = tmp_path / f"runs{weight}"
+        arguments = f"2 {MOH_VIT} {how} --device cpu --threads 1 --aux-weight {weight} --output {out}"
+        command = [sys.executable, "-c", LAUNCH, free_ports(1)[0], arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "statuses [0, 0]" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+        weights.append(state_of(only_run(out))["model"])
+    name = next(n for n in weights[0] if n.endswith("wg.weight"))
+    assert not torch.equal(weights[0][name], weights[1][name])

@@ -274,8 +274,11 @@ class AggregatedAttention(ContinuousPositionBias):
 
         # the 1x1 convolution as a linear: tokens stay tokens
         pooled = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
-        pooled = pooled.transpose(1, 2).reshape(B, C, H, W)
-        pooled = F.adaptive_avg_pool2d(pooled, (Hp, Wp)).flatten(2).transpose(1, 2)
+        if H % Hp == 0 and W % Wp == 0:  # equal bins: a mean over axes, without the adaptive kernel's atomic gradient
+            pooled = pooled.view(B, Hp, H // Hp, Wp, W // Wp, C).mean(dim=(2, 4)).view(B, Hp * Wp, C)
+        else:
+            pooled = pooled.transpose(1, 2).reshape(B, C, H, W)
+            pooled = F.adaptive_avg_pool2d(pooled, (Hp, Wp)).flatten(2).transpose(1, 2)
         kv_pool = self.kv(self.norm(pooled)).view(B, Hp * Wp, 2, heads, dim)
 
         gates: torch.Tensor | None = self.gates(x, q) if self.routed else None
