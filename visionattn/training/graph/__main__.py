@@ -37,15 +37,15 @@ def run(args: argparse.Namespace) -> int:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file.")
     values = yaml.safe_load(path.read_text()) or {}
-    if values.get("dataset") == "superpixels":
-        from .superpixels import run_superpixels
-
-        return run_superpixels(values, args)
     for option in args.options:
         key, sep, text = option.partition("=")
         if not sep:
             raise UserError(f"{option!r} is not key=value.")
         values[key] = yaml.safe_load(text)
+    if values.get("dataset") == "superpixels":
+        from .superpixels import run_superpixels
+
+        return run_superpixels(values, args)
     cfg = load_config(values)
     folder = Path(cfg.output)
     if cfg.data_dir:
