@@ -61,7 +61,7 @@ def local_attention(
     tensors = (q, k, v, text_lengths, extra_k, extra_v, bias)
     settings = (grid, pattern, text, text_first, scale)
     if torch.compiler.is_compiling():
-        if backend in ("auto", "triton") and not torch.compiler.is_exporting():
+        if backend in ("auto", "triton"):
             result = _compiled(backend, *tensors, *settings)
             if result is not None:
                 return result if return_lse else result[0]
@@ -199,6 +199,7 @@ def _static_reason(auto: bool, *key) -> str | None:
     assert ops  # registers the operator before the graph names it
     if auto and not key[0].startswith("cuda"):
         return f"the kernels run on CUDA, these tensors are on {key[0]}"
-    if auto and torch.onnx.is_in_onnx_export():
+    # asked here, where Dynamo runs Python: its own answer to is_exporting() depends on torch's version
+    if auto and (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()):
         return "an export takes the reference, whose operators every consumer knows"
     return planner.static_reason(*key)

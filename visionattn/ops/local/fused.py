@@ -328,8 +328,9 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)
     dv = torch.empty_like(dk)
-    dbias = query_grad(p, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq)
+    query_grad(p, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq)
     key_grad(p, tma, q, k, v, grad, bias, lse, delta, dk, dv)
+    dbias = None if bias is None else bias_grad(p, q, k, v, grad, bias, lse, delta)
     if p.text:
         place = slice(p.text_at, p.text_at + p.text)
         dq[:, place] = text_query_grad(p, tma, q, k, v, grad, lengths, lse, delta)
@@ -346,33 +347,37 @@ def backward(
     return dq, dk, dv, dek, dev, dbias
 
 
-def query_grad(p: Plan, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq):
-    """Writes the grid's rows of dq; returns the bias table's gradient."""
+def query_grad(p: Plan, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq) -> None:
+    """Writes the grid's rows of dq."""
     t = p.tiles.query
     table, classes = p.table(t.query, t.key)
-    ey, ex = (max(16, triton.next_power_of_2(2 * w - 1)) for w in p.boxes.windows[1:])
-    constants = p.constants(
-        t.query, t.key, EXTRA=p.extra > 0, LENGTHS=p.has_lengths, DBIAS=bias is not None, EY=ey, EX=ex
-    )
-    constants["TMA"] = tma
+    constants = {**p.constants(t.query, t.key, EXTRA=p.extra > 0, LENGTHS=p.has_lengths), "TMA": tma}
     strides = (*p.inputs, *grad.stride()[:3], *dq.stride()[:3], *p.extra_strides)
-    tiles = math.prod(p.boxes.tiles(t.query))
-    slots = None
-    if bias is not None:
-        slots = torch.empty((p.batch, p.heads, tiles, ey, ex), dtype=torch.float32, device=q.device)
     prefix = p.prefix_descriptors(k, v, ek, ev, t.keys) if tma else (None,) * 4
     for batch, count in p.batches() if tma else [(0, p.batch)]:
         descriptors = tuple(p.grid_descriptor(x, t.key, batch) for x in (k, v)) if tma else (None, None)
         launch = p.launch(
-            ("query", grad.stride(), tma, batch), kernels_backward.grid_query_grad, tiles * p.heads * count,
+            ("query", grad.stride(), tma, batch), kernels_backward.grid_query_grad,
+            math.prod(p.boxes.tiles(t.query)) * p.heads * count,
             (*strides, batch, *p.numbers(t.query, classes), p.qk_scale, p.scale), constants, t,
         )  # fmt: skip
-        part = None if slots is None else slots[batch:]
-        launch(q, k, v, grad, lse, delta, dq, ek, ev, bias, part, lengths, table, *descriptors, *prefix)
-    if bias is None:
-        return None
-    _, wy, wx = p.boxes.windows
-    return slots.sum((0, 2))[:, : 2 * wy - 1, : 2 * wx - 1].reshape(p.bias_shape).to(bias.dtype)
+        launch(q, k, v, grad, lse, delta, dq, ek, ev, bias, lengths, table, *descriptors, *prefix)
+
+
+def bias_grad(p: Plan, q, k, v, grad, bias, lse, delta) -> torch.Tensor:
+    """The gradient of the bias table of a grid of one or two axes."""
+    b = p.boxes
+    rows = max(16, min(64, 2048 // p.DP))
+    tiles = triton.cdiv(p.tokens, rows)
+    slots = torch.zeros((p.batch, p.heads, tiles, math.prod(p.bias_shape[1:])), dtype=torch.float32, device=q.device)
+    launch = p.launch(
+        ("bias", grad.stride()), kernels_backward.bias_grad, tiles * p.heads * p.batch,
+        (*p.inputs, *grad.stride()[:3], *b.lengths[1:], p.heads, p.group, p.first, p.N, *b.windows[1:], *b.strides[1:],
+         *b.dilations[1:], tiles, p.qk_scale),
+        dict(CY=b.causal[1], CX=b.causal[2], BM=rows, D=p.D, DP=p.DP), replace(p.tiles.query, warps=4, stages=1),
+    )  # fmt: skip
+    launch(q, k, v, grad, lse, delta, bias, slots)
+    return slots.sum((0, 2)).reshape(p.bias_shape).to(bias.dtype)
 
 
 def key_grad(p: Plan, tma, q, k, v, grad, bias, lse, delta, dk, dv) -> None:

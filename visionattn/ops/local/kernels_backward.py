@@ -67,14 +67,6 @@ def query_step(dq, q, g, k, v, s, lse2, delta, qk_scale, PREC: tl.constexpr):
 
 
 @triton.jit
-def query_step_ds(dq, q, g, k, v, s, lse2, delta, qk_scale, PREC: tl.constexpr):
-    """:func:`query_step`, and ds."""
-    p = probabilities(s, lse2[:, None], qk_scale)
-    ds = p * (tl.dot(g, tl.trans(v), input_precision=PREC) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC), ds
-
-
-@triton.jit
 def key_step(dk, dv, q, g, k, v, st, lse2, delta, qk_scale, PREC: tl.constexpr):
     """Adds a tile of queries' share to dk and dv; st is (keys, queries)."""
     p = probabilities(st, lse2[None, :], qk_scale)
@@ -84,28 +76,9 @@ def key_step(dk, dv, q, g, k, v, st, lse2, delta, qk_scale, PREC: tl.constexpr):
     return dk, dv
 
 
-@triton.jit
-def offsets_sum(
-    ds, tile_y, tile_x, QH: tl.constexpr, QW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    EY: tl.constexpr, EX: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """(EY, EX): ds summed over pairs of equal offset; the pair of both origins has offset (tile_y, tile_x).
-
-    Sums over diagonals are products with one-hot matrices: first along x, then along y.
-    """
-    ds = tl.permute(tl.reshape(ds.to(dtype), (QH, QW, KH, KW)), (0, 2, 1, 3))
-    ds = tl.reshape(ds, (QH * KH, QW * KW))
-    x = tl.arange(0, QW * KW)
-    place_x = (x % KW - x // KW + tile_x)[:, None] == tl.arange(0, EX)[None, :]
-    rows = tl.dot(ds, tl.where(place_x, 1.0, 0.0).to(dtype), input_precision=PREC)
-    y = tl.arange(0, QH * KH)
-    place_y = (y % KH - y // KH + tile_y)[None, :] == tl.arange(0, EY)[:, None]
-    return tl.dot(tl.where(place_y, 1.0, 0.0), rows, input_precision="tf32x3")
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def grid_query_grad(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, dq_ptr, ek_ptr, ev_ptr, bias_ptr, dbias_ptr, len_ptr, table,
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, dq_ptr, ek_ptr, ev_ptr, bias_ptr, len_ptr, table,
     k_desc, v_desc, kt_desc, vt_desc, ke_desc, ve_desc,
     sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sgb, sgn, sgh, sdb, sdn, sdh, seb, sen, seh, sfb, sfn, sfh,
     batch0, T, H, W, heads, group, text, text_at, first, extra, N,
@@ -113,13 +86,9 @@ def grid_query_grad(
     KIND: tl.constexpr, THREE: tl.constexpr, CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     QZ: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr, KZ: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, TEXT: tl.constexpr, EXTRA: tl.constexpr, BIAS: tl.constexpr,
-    LENGTHS: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr, DBIAS: tl.constexpr, EY: tl.constexpr,
-    EX: tl.constexpr,
+    LENGTHS: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of a tile of grid queries, one head, over the visits of the forward kernel.
-
-    With DBIAS also its share of the bias table's gradient, at dbias (program, EY, EX).
-    """
+    """One program: dq of a tile of grid queries, one head, over the visits of the forward kernel."""
     M: tl.constexpr = QZ * QH * QW
     NK: tl.constexpr = KZ * KH * KW
     pid = tl.program_id(0)
@@ -199,8 +168,6 @@ def grid_query_grad(
         step_scale = 1.0
     else:
         step_scale = qk_scale
-    if DBIAS:
-        dbias = tl.zeros([EY, EX], tl.float32)
 
     for i in tl.range(begin, end):
         if KIND == 0:
@@ -224,11 +191,7 @@ def grid_query_grad(
             at = bias + (((kz * by + ky) * bx + kx)[None, :] - q_at[:, None])
             s = s * qk_scale + tl.load(at, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
         s = tl.where(seen, s, -float("inf"))
-        if DBIAS:
-            dq, ds = query_step_ds(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
-            dbias += offsets_sum(ds, y0 - ay + wy - 1, x0 - ax + wx - 1, QH, QW, KH, KW, EY, EX, k.dtype, PREC)
-        else:
-            dq = query_step(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
+        dq = query_step(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
 
     for i in tl.range(end, stop):
         if KIND == 0:
@@ -246,18 +209,11 @@ def grid_query_grad(
         if BIAS:
             at = bias + (((kz * by + ky) * bx + kx)[None, :] - q_at[:, None])
             s = s * qk_scale + tl.load(at).to(tl.float32) * 1.4426950408889634
-        if DBIAS:
-            dq, ds = query_step_ds(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
-            dbias += offsets_sum(ds, y0 - ay + wy - 1, x0 - ax + wx - 1, QH, QW, KH, KW, EY, EX, k.dtype, PREC)
-        else:
-            dq = query_step(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
+        dq = query_step(dq, q, g, k, v, s, lse2, delta, step_scale, PREC)
 
     d = tl.arange(0, DP)[None, :]
     out = dq_ptr + b64 * sdb + h64 * sdh + q_token.to(tl.int64)[:, None] * sdn + d
     tl.store(out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=q_ok[:, None] & (d < D))
-    if DBIAS:
-        slot = dbias_ptr + pid.to(tl.int64) * (EY * EX)
-        tl.store(slot + tl.arange(0, EY)[:, None] * EX + tl.arange(0, EX)[None, :], dbias)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -518,3 +474,52 @@ def dense_key_grad(
     ok = k_ok[:, None] & (d < D)
     tl.store(dk_ptr + at[:, None] * D + d, dk * scale, mask=ok)
     tl.store(dv_ptr + at[:, None] * D + d, dv, mask=ok)
+
+
+@triton.jit(
+    do_not_specialize=["H", "W", "heads", "group", "first", "N", "wy", "wx", "ty", "tx", "ey", "ex", "tiles"]
+)  # fmt: skip
+def bias_grad(
+    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, bias_ptr, slots_ptr,
+    sqb, sqn, sqh, skb, skn, skh, svb, svn, svh, sgb, sgn, sgh,
+    H, W, heads, group, first, N, wy, wx, ty, tx, ey, ex, tiles, qk_scale,
+    CY: tl.constexpr, CX: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """One program: BM grid queries in a row, one head of one batch entry; their share of the bias table's gradient.
+
+    slots (B, heads, tiles, offsets), float32, hold zeros before. Elementwise, offset by offset: a pair belongs to one
+    entry of the table, so that sums over rows are all there is to do.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    head = pid // tiles % heads
+    batch = pid // tiles // heads
+    b64, h64, g64 = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    m = tile * BM + tl.arange(0, BM)
+    ok = m < H * W
+    m = tl.minimum(m, H * W - 1)
+    y, x = m // W, m % W
+    # groups of the dilation, positions inside them, and the keys that each query sees along each axis
+    gy, gx, py, px = y % ey, x % ex, y // ey, x // ex
+    ly, wide_y = query_bounds(py, (H - gy + ey - 1) // ey, wy, ty, CY)
+    lx, wide_x = query_bounds(px, (W - gx + ex - 1) // ex, wx, tx, CX)
+    q = load_rows(q_ptr + b64 * sqb + h64 * sqh, first + m, ok, sqn, D, DP, True).to(tl.float32)
+    g = load_rows(g_ptr + b64 * sgb + h64 * sgh, first + m, ok, sgn, D, DP, True).to(tl.float32)
+    row = (b64 * heads + h64) * N + first + m
+    lse2 = load_lse(lse_ptr, row, ok)
+    delta = tl.load(delta_ptr + row, mask=ok, other=0.0)
+    k_base, v_base = k_ptr + b64 * skb + g64 * skh, v_ptr + b64 * svb + g64 * svh
+    by, bx = 2 * wy - 1, 2 * wx - 1
+    slot = slots_ptr + pid.to(tl.int64) * (by * bx)
+    for offset in tl.range(0, by * bx, num_stages=1):
+        ky = py + offset // bx - (wy - 1)
+        kx = px + offset % bx - (wx - 1)
+        seen = ok & (ky >= ly) & (ky < ly + wide_y) & (kx >= lx) & (kx < lx + wide_x)
+        if tl.max(seen.to(tl.int32), 0) > 0:
+            token = first + (gy + ky * ey) * W + gx + kx * ex
+            k = load_rows(k_base, token, seen, skn, D, DP, True).to(tl.float32)
+            v = load_rows(v_base, token, seen, svn, D, DP, True).to(tl.float32)
+            bias = tl.load(bias_ptr + h64 * (by * bx) + offset).to(tl.float32) * 1.4426950408889634
+            p = tl.exp2(tl.sum(q * k, 1) * qk_scale + bias - lse2)
+            ds = tl.where(seen, p * (tl.sum(g * v, 1) - delta), 0.0)
+            tl.store(slot + offset, tl.sum(ds, 0))

@@ -56,8 +56,10 @@ def _border_classes(length: int, own: int, offsets: np.ndarray, other: int):
     origin = np.arange(-(-length // own)) * own
     at = origin[:, None] + offsets[None, :]
     state = (at + other > 0) & (at < length), (at >= 0) & (at + other <= length)
-    _, index, inverse = np.unique(np.packbits(np.hstack(state), axis=1), axis=0, return_index=True, return_inverse=True)
-    return inverse.reshape(-1), state[0][index], state[1][index]
+    found: dict[bytes, int] = {}  # np.unique over rows takes longer than all the rest
+    inverse = np.array([found.setdefault(row.tobytes(), len(found)) for row in np.hstack(state)])
+    index = np.unique(inverse, return_index=True)[1]
+    return inverse, state[0][index], state[1][index]
 
 
 def _pack(offsets: np.ndarray) -> np.ndarray:
