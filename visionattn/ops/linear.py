@@ -96,6 +96,14 @@ def mala_attention_reference(
     return torch.einsum("bhnm,bmhd->bnhd", weights, v), weights
 
 
+def _state_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """q (scale / N) (k^T v) of (B, N, D), strided as they may be."""
+    # the factor is applied inside the product, to sums in float32: in float16 k^T v itself overflows
+    nothing = torch.zeros(1, 1, 1, device=v.device, dtype=v.dtype)
+    state = torch.baddbmm(nothing, k.transpose(1, 2), v, beta=0.0, alpha=scale / k.shape[1])
+    return torch.bmm(q, state)
+
+
 def _two_products(
     qk: torch.Tensor, v: torch.Tensor, sin: torch.Tensor | None, cos: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -109,15 +117,16 @@ def _two_products(
         qk = rotate(qk, sin, cos)
     q, k = qk.unbind(dim=2)
     # beta goes onto the queries, so that the second product needs no pass of its own
-    q = (q * beta(z).to(q.dtype)).transpose(1, 2).reshape(B * H, N, D)
-    k = k.transpose(1, 2).reshape(B * H, N, D)
-    heads_v = v.transpose(1, 2).reshape(B * H, N, D)
-    # the factor is applied inside the product, to sums in float32: in float16 k^T v itself overflows
-    state = torch.baddbmm(
-        torch.zeros(1, 1, 1, device=v.device, dtype=v.dtype), k.transpose(1, 2), heads_v, beta=0.0, alpha=scale / N
-    )
-    out = torch.bmm(q, state).reshape(B, H, N, D).transpose(1, 2)
-    return out - z.to(v.dtype) * v_mean
+    q = q * beta(z).to(q.dtype)
+    if H > 2:
+        heads_q, heads_k, heads_v = [x.transpose(1, 2).reshape(B * H, N, D) for x in (q, k, v)]
+        out = _state_product(heads_q, heads_k, heads_v, scale).reshape(B, H, N, D).transpose(1, 2)
+    else:  # head by head, the products read the tokens where they lie: no copies, and few launches more
+        outs: list[torch.Tensor] = []
+        for heads_q, heads_k, heads_v in zip(q.unbind(2), k.unbind(2), v.unbind(2)):  # noqa: B905
+            outs.append(_state_product(heads_q, heads_k, heads_v, scale))
+        out = torch.stack(outs, dim=2) if H > 1 else outs[0].unsqueeze(2)
+    return torch.addcmul(out, z.to(out.dtype), v_mean.to(out.dtype), value=-1.0)
 
 
 def mala_attention(

@@ -1,0 +1,123 @@
+"""Where the time of a model goes: shares of matrix products, convolutions, norms, elementwise passes, copies.
+
+    python benchmarks/profile_model.py mala_tiny                       # inference and training step, eager
+    python benchmarks/profile_model.py mala_tiny agent_swin_tiny --modes eager compile --csv profile.csv
+
+Any timm name. On a GPU the time of kernels counts, under bfloat16 autocast; on a CPU that of operators. Rows: one for
+each class of each run, and (``--top``) the longest kernels. ``copies`` are permutes that were materialised, casts,
+concatenations, paddings, rolls.
+"""
+
+import argparse
+import csv
+import re
+from collections import Counter
+from pathlib import Path
+
+import timm
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import visionattn  # noqa: F401  registers the models
+
+# the first pattern that a kernel's (or operator's) name matches, in lower case
+CLASSES = {
+    "attention": r"flash|fmha|scaled_dot_product|efficient_attention",
+    "convolution": r"conv|cudnn|dgrad|wgrad|fprop|implicit|winograd|depthwise",
+    "matrix product": r"gemm|gemv|matmul|cutlass|cublas|nvjet|splitk|::(add|b|badd)?mm\b|baddbmm",
+    "copies": r"copy|\bcat|catarray|roll|flip|nchwtonhwc|nhwctonchw|pad|fill|memset|memcpy|index|gather|clone",
+    "norm": r"norm|welford",
+    "fused by the compiler": r"^triton_",
+    "optimizer": r"multi_tensor|foreach|adam",
+    "elementwise and reductions": (
+        r"elementwise|vectorized|reduce|gelu|mul|add|div|sub|sum|mean|exp|elu|silu|softmax|pool|cmul"
+    ),
+}
+FIELDS = ["model", "task", "mode", "size", "batch", "kind", "name", "ms_per_step", "share", "calls", "device", "torch"]
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name.lower())), "other")
+
+
+def step_of(model: torch.nn.Module, x: torch.Tensor, training: bool):
+    """A function that makes one inference or training step (forward, backward, no optimizer)."""
+
+    def step():
+        with torch.set_grad_enabled(training), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            out = model(x)
+        if training:
+            out.float().square().mean().backward()
+
+    return step
+
+
+def measure(step, steps: int) -> list[tuple[str, float, int]]:
+    """(name, milliseconds a step, calls a step) of every kernel on a GPU, every innermost operator on a CPU."""
+    cuda = torch.cuda.is_available()
+    for _ in range(3):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+    rows = []
+    for event in record.key_averages():
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if microseconds > 0:
+            rows.append((event.key, microseconds / 1e3 / steps, round(event.count / steps)))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--tasks", nargs="+", default=["infer", "train"], choices=("infer", "train"))
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=("eager", "compile"))
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--top", type=int, default=10, help="longest kernels to list for each run")
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/profile.csv"))
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__)
+    table = []
+    for name in args.models:
+        for task in args.tasks:
+            for mode in args.modes:
+                torch.compiler.reset()
+                model = timm.create_model(name).to(device).train(task == "train")
+                x = torch.randn(args.batch, 3, args.size, args.size, device=device)
+                if mode == "compile":
+                    model = torch.compile(model)
+                rows = measure(step_of(model, x, task == "train"), args.steps)
+                total = sum(ms for _, ms, _ in rows)
+                run = dict(model=name, task=task, mode=mode, size=args.size, batch=args.batch, **about)
+                times, calls = Counter(), Counter()
+                for kernel, ms, count in rows:
+                    times[kind_of(kernel)] += ms
+                    calls[kind_of(kernel)] += count
+                print(f"\n{name} {task} {mode}, {args.batch} x {args.size} px: {total:.2f} ms a step")
+                for label, entries in (
+                    ("class", [(kind, ms, calls[kind]) for kind, ms in times.most_common()]),
+                    ("kernel", rows[: args.top]),
+                ):
+                    for entry, ms, count in entries:
+                        share = round(ms / total, 4)
+                        print(f"  {share:6.1%} {ms:9.3f} ms {count:5d} x  {entry[:90]}")
+                        table.append(
+                            run | dict(kind=label, name=entry, ms_per_step=round(ms, 4), share=share, calls=count)
+                        )
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
