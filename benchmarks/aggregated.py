@@ -1,7 +1,8 @@
 """Aggregated attention: the fused kernels against the eager reference, one layer's operator at a time.
 
     python benchmarks/aggregated.py            # about 3 minutes on an H100
-    python benchmarks/aggregated.py --tune     # times of other tiles, for visionattn/ops/aggregated/fused.py
+    python benchmarks/aggregated.py --tune forward queries --shapes "small stage 1"     # other tiles, of one kernel or
+                                               # several, for visionattn/ops/aggregated/fused.py; minutes a kernel
 
 The eager peer is written as the released code without its CUDA extension is: it unfolds keys and values. Peers run in
 turns; nothing is timed before outputs and gradients agree.
@@ -144,16 +145,16 @@ def bench(names, report) -> None:
         torch.cuda.empty_cache()
 
 
-def tune(names) -> None:
+def tune(names, kernels) -> None:
     for name in names:
         tensors, grid = problem(SHAPES[name])
         tensors = [t.detach() for t in tensors]
         start = fused.pick_tiles(tensors[0].shape[-1], tensors[0].dtype)
         out, lse = fused.forward(*tensors, *grid, 3)
         grad = torch.randn_like(out)
-        for field in dataclasses.fields(fused.Plan):
+        for field in (f for f in dataclasses.fields(fused.Plan) if f.name in kernels):
             found = []
-            for tokens, pooled, warps, stages in itertools.product((16, 32, 64, 128), (64,), (1, 2, 4, 8), (1, 2)):
+            for tokens, pooled, warps, stages in itertools.product((32, 64, 128), (32, 64), (4, 8), (1, 2)):
                 plan = dataclasses.replace(start, **{field.name: fused.Tiles(tokens, pooled, warps, stages)})
                 try:
                     if field.name == "forward":
@@ -172,13 +173,13 @@ def tune(names) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", nargs="+", choices=[f.name for f in dataclasses.fields(fused.Plan)])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
     if args.tune:
-        return tune(args.shapes)
+        return tune(args.shapes, args.tune)
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     version = torch.__version__.split("+")[0]
     out = args.out or Path(__file__).parent / "results" / f"aggregated-{gpu}-torch{version}.csv"
