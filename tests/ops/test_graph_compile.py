@@ -16,7 +16,7 @@ from visionattn.ops.graph import fused, kernels  # noqa: E402
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("heads, dim", [(8, 10), (6, 32), (4, 160)])
 @pytest.mark.parametrize("name", ["forward_kernel", "query_kernel", "key_kernel"])
-def test_compiles_without_spills(name, heads, dim, capability):
+def test_compiles_without_local_memory(name, heads, dim, capability):
     kernel, tiles = getattr(kernels, name), fused._tiles(heads, dim)
     warps = tiles.pop("num_warps")
     kinds = dict(start="*i32", neighbour="*i32", den="*fp32", delta="*fp32", scale="fp32", eps="fp32")
