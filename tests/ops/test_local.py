@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionattn.ops.local import Axis, Cross, Disk, Neighborhood, local_attention, merge, pool_tokens
+from visionattn.ops.local import (
+    Axis,
+    Cross,
+    Disk,
+    Neighborhood,
+    local_attention,
+    merge,
+    planner,
+    pool_tokens,
+    worthwhile,
+)
+from visionattn.ops.local.call import make_call
+from visionattn.ops.local.counts import visits
 
 
 def window_in_words(axis: Axis) -> list[set[int]]:
@@ -241,3 +257,74 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match=message) as caught:
         local_attention(**{**dict(q=q, k=k, v=v, grid=(4, 6), pattern=Neighborhood(3)), **change})
     assert "\n" not in str(caught.value)
+
+
+HERE = Path(__file__).parent
+# the kernels one by one take minutes in an interpreter: the shortest of each kind here, all with the slow tests
+QUICK = "test_kernels and (window or disk or line or bias) and not (larger or dilated or causal)"
+
+
+def interpret(expression: str) -> None:
+    """tests/ops/interpreted_local.py, where Triton is imported as an interpreter."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-k", expression]
+    done = subprocess.run(
+        [*command, str(HERE / "interpreted_local.py")], env=env, cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_interpreted():
+    interpret(QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", ["test_kernels", "not test_kernels"])
+def test_interpreted_all(part):
+    interpret(part)
+
+
+@st.composite
+def visited_axes(draw):
+    axis = draw(axes(24))
+    return axis, draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4, 8]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(visited_axes())
+def test_visits_by_brute_force(case):
+    """Anchored tiles of keys begin at a query tile's first key, aligned ones lie on the raster."""
+    axis, own, other = case
+    pattern = Neighborhood(axis.window, axis.stride, axis.dilation, axis.causal)
+    mask = axis.mask()
+    for placement in ("anchored", "aligned"):
+        visited = full = 0
+        for group in range(axis.dilation):
+            part = mask[group :: axis.dilation, group :: axis.dilation]
+            n = len(part)
+            for a in range(0, n, own):
+                rows = part[a : a + own]
+                keys = rows.any(0).nonzero()[0]
+                first = int(keys[0]) if placement == "anchored" else int(keys[0]) // other * other
+                for b in range(first, int(keys[-1]) + 1, other):
+                    visited += 1
+                    tile = rows[:, b : b + other]
+                    full += bool(tile.all()) and (placement == "aligned" or b + other <= n)
+        found = visits(pattern, (axis.length,), (1, 1, own), (1, 1, other), placement)
+        assert found == (visited, full), placement
+
+
+def test_worthwhile_needs_a_gpu_and_a_gain():
+    arguments = (24, 128, torch.bfloat16)
+    assert not worthwhile((256, 256), Disk(16), 512, *arguments, "cpu")
+    q = torch.empty(1, 1, 24, 128, device="meta", dtype=torch.bfloat16)
+    faster = {}
+    for side in (64, 128, 256):
+        x = q.expand(1, side * side + 512, 24, 128)
+        faster[side] = planner.is_predicted_faster(make_call(x, x, x, (side, side), Disk(16), 512))
+    assert faster == {64: False, 128: True, 256: True}  # as benchmarks/results has it
+    with pytest.raises(ValueError, match="exceeds the axis"):
+        worthwhile((4, 4), Neighborhood(3, dilation=2), 0, *arguments, "cuda")

@@ -4,7 +4,7 @@ from .api import explain, local_attention
 from .call import pool_tokens
 from .merge import merge
 from .patterns import Axis, Cross, Disk, Neighborhood, Pattern
-from .planner import BACKENDS
+from .planner import BACKENDS, worthwhile
 
 __all__ = [
     "BACKENDS",
@@ -17,4 +17,5 @@ __all__ = [
     "local_attention",
     "merge",
     "pool_tokens",
+    "worthwhile",
 ]

@@ -174,9 +174,9 @@ def _compiled(backend, q, k, v, lengths, extra_k, extra_v, bias, grid, pattern, 
         reason = f"scale={scale} is not positive"
     if reason is None:
         reason = _static_reason(
-            backend == "auto", str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]), tuple(code),
-            len(grid), bool(text > 0), extra_k is not None, None if bias is None else bias.dtype, lengths is not None,
-            grad,
+            backend == "auto", str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]),
+            tuple(code), len(grid), bool(text > 0), extra_k is not None, None if bias is None else bias.dtype,
+            lengths is not None, grad,
         )  # fmt: skip
     if reason is not None:
         if backend == "triton":

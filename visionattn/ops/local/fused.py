@@ -130,7 +130,9 @@ class Plan:
         self.bias_shape = None if bias is None else tuple(bias.shape)
         self.has_lengths = lengths is not None and text > 0
         self.DP = pad_dim(self.D)
-        self.tiles = tiles or pick_tiles(q.dtype, self.D, self.boxes, bias is not None, _capability(q.device))
+        self.tiles = tiles or pick_tiles(
+            q.dtype, self.D, self.boxes, bias is not None, _capability(q.device), text
+        )  # fmt: skip
         if any(d > 1 for d in self.boxes.dilations):
             self.tiles = replace(self.tiles, tma=False)
         self.tma = self.tiles.tma and all(_suits_descriptor(x) for x in (q, k, v, ek, ev) if x is not None)

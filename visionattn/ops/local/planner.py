@@ -1,20 +1,25 @@
 """Which backend runs a call, and why: limits, a probe of the kernels, and a model of their time."""
 
 import functools
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import flex, natten, sdpa
-from .call import LARGEST_BIAS_WINDOW, Call
+from .call import LARGEST_BIAS_WINDOW, Call, make_call
 from .counts import count
 from .patterns import Disk, Neighborhood, Pattern, decode, encode
 
 BACKENDS = ("triton", "natten", "flex", "sdpa", "reference")
 
 # TFLOP/s that a backend executes on an H100 or H200 in bfloat16, for choosing only; docs/local.md says how to measure.
-RATES = {"full": 480.0, "masked": 400.0, "flex": 290.0, "dense": 600.0, "masked sdpa": 100.0, "natten": 430.0}
+RATES = {"full": 440.0, "masked": 360.0, "flex": 290.0, "dense": 600.0, "masked sdpa": 100.0, "natten": 430.0}
+
+
+# Milliseconds that a layer takes besides: small kernels, half-empty last waves. With text rows, and without.
+OVERHEAD_MS = (0.2, 0.05)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ def predict(call: Call, tile: tuple | None = None) -> tuple[dict[str, float], di
     full = counts["executed"] - counts["masked"]
     plain = sdpa.is_plain(call)
     predicted = {
-        "triton": full * rate["full"] + counts["masked"] * rate["masked"],
+        "triton": full * rate["full"] + counts["masked"] * rate["masked"] + OVERHEAD_MS[call.text == 0],
         "natten": (counts["executed"] - counts["text_rows"]) * rate["natten"] + counts["text_rows"] * rate["dense"],
         "flex": counts["raster"] * rate["flex"],
         "sdpa": counts["dense"] * rate["dense" if plain else "masked sdpa"],
@@ -221,3 +226,51 @@ def explain_call(call: Call, backend: str, return_lse: bool) -> Explanation:
         {k: v for k, v in predicted.items() if k == "dense, unmasked" or found.get(k) is None},
         predicted.get(name, float("inf")) < predicted["dense, unmasked"],
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def worthwhile(
+    grid: tuple[int, ...],
+    pattern: Pattern,
+    text: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    batch: int = 1,
+) -> bool:
+    """Whether the fused kernels can run a layer and are predicted to beat dense attention without a mask.
+
+    For callers who may choose, as a diffusion pipeline may for each layer; cheap (cached, no tensors needed).
+
+    Args:
+        grid: 1 to 3 lengths, a tuple.
+        pattern: what a grid token sees.
+        text: number of text tokens, beside the grid's.
+        heads, dim, dtype, device: of the queries; as many key heads.
+        batch: sequences at once.
+    """
+    q = torch.empty((batch, text + math.prod(grid), heads, dim), dtype=dtype, device="meta")
+    call = make_call(q, q, q, grid, replace_pooling(pattern), text)
+    if pattern.dense(grid) or torch.device(device).type != "cuda":
+        return False
+    code = encode(pattern, len(grid))
+    if code is None:
+        return False
+    pooled = isinstance(pattern, Disk) and bool(pattern.downsample)
+    index = torch.device(device).index
+    name = f"cuda:{torch.cuda.current_device() if index is None else index}"
+    key = (name, dtype, dim, heads, heads, tuple(code), len(grid), text > 0, pooled, None, False, False)
+    if static_reason(*key) is not None:
+        return False
+    return is_predicted_faster(call)
+
+
+def replace_pooling(pattern: Pattern) -> Pattern:
+    """The pattern without pooled keys, which a call would compute."""
+    return replace(pattern, downsample=None) if isinstance(pattern, Disk) else pattern
+
+
+def is_predicted_faster(call: Call) -> bool:
+    predicted, _ = predict(call)
+    return predicted["triton"] < predicted["dense, unmasked"]

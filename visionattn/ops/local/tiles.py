@@ -48,16 +48,16 @@ def pad_dim(n: int) -> int:
 
 # Tiles of as many tokens, for grids of one, two and three axes: near-square, the last axis longest.
 SHAPES = {
-    1: {16: (1, 1, 16), 32: (1, 1, 32), 64: (1, 1, 64), 128: (1, 1, 128)},
-    2: {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)},
-    3: {16: (1, 4, 4), 32: (2, 4, 4), 64: (2, 4, 8), 128: (2, 8, 8)},
+    1: {16: (1, 1, 16), 32: (1, 1, 32), 64: (1, 1, 64), 128: (1, 1, 128), 256: (1, 1, 256)},
+    2: {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16), 256: (1, 16, 16)},
+    3: {16: (1, 4, 4), 32: (2, 4, 4), 64: (2, 4, 8), 128: (2, 8, 8), 256: (4, 8, 8)},
 }
 
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
-def pick_tiles(dtype: torch.dtype, dim: int, boxes, bias: bool, capability: int) -> Tiles:
-    """`capability`: 90 for 9.0; 0 where kernels are interpreted."""
+def pick_tiles(dtype: torch.dtype, dim: int, boxes, bias: bool, capability: int, text: int = 512) -> Tiles:
+    """`capability`: 90 for 9.0; 0 where kernels are interpreted. `text`: number of text tokens."""
     axes = 3 if boxes.three else 2 if boxes.lengths[1] > 1 else 1
     shape = SHAPES[axes]
     row = pad_dim(dim) * dtype.itemsize  # bytes of a token
@@ -66,15 +66,21 @@ def pick_tiles(dtype: torch.dtype, dim: int, boxes, bias: bool, capability: int)
     def tile(queries, keys, warps, stages):
         return Tile(shape[queries], shape[keys], warps, stages)
 
-    if bias or row <= 64:
+    if bias and axes == 2 and row <= 64:
+        # wide tiles of few keys: the addresses of the bias take most registers, and a window's rows fit into 16 columns
+        slim = (1, 2, 16)
+        forward, query = Tile(shape[64], slim, 4, 2), Tile(shape[64], slim, 4, 1)
+        keys, dense = Tile(slim, shape[64], 4, 1), tile(64, 64, 4, 2)
+    elif bias or row <= 64:
         forward, query, keys = tile(64, 64, 4, 2), tile(64, 64, 4, 1), tile(64, 64, 4, 1)
         dense = tile(64, 64, 4, 2)
     elif dtype == torch.float32:
         return _float32_tiles(tile, row, roomy)
     elif row <= 256 and roomy:
-        forward = tile(64, 64, 4, 3) if boxes.kind == 1 else tile(128, 64, 8, 3)
-        dense = tile(128, 64, 8, 3)
-        query, keys = tile(128, 64, 8, 2), tile(64, 128, 8, 2)
+        large = capability == 90  # as measured; three stages of 128 keys need more memory than an A100 has
+        forward = tile(64, 64, 4, 3) if boxes.kind == 1 else tile(128, 128 if large else 64, 8, 3)
+        dense = tile(256 if large and text > 128 else 128, 64, 8, 3)
+        query, keys = tile(64, 64, 4, 2), tile(64, 64, 4, 2)
     elif row <= 256:
         forward, dense, query, keys = tile(64, 32, 4, 2), tile(64, 32, 4, 2), tile(64, 32, 4, 1), tile(32, 64, 4, 1)
     elif roomy:
