@@ -1,7 +1,6 @@
 """What the options of train.py do, each seen in the numbers it changes."""
 
 import csv
-import functools
 
 import pytest
 import timm
@@ -352,16 +351,9 @@ def test_checkpoint_of_another_class_count_starts_a_fine_tuning(train, pictures,
                                                        for k in changed)  # fmt: skip
 
 
-@functools.cache
-def recipes() -> list:
-    return sorted((ROOT / "configs" / "train").glob("*.yaml"))
-
-
 def test_manual_lists_every_option():
     text = (ROOT / "docs" / "training.md").read_text()
-    assert config.options_table() in text, "run: python -m visionattn.training.config --write"
-    for path in recipes():
-        assert f"`{path.stem}`" in text, f"docs/training.md does not name the recipe {path.stem}"
+    assert config.options_table() in text, "put in the table that python -m visionattn.training.config prints"
 
 
 def test_script_stays_readable():
