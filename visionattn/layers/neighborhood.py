@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import nn
 
 from visionattn.ops.local import Neighborhood, local_attention
-from visionattn.ops.neighborhood import choose_backend, neighborhood_attention, tiled_attention
+from visionattn.ops.neighborhood import choose_backend, fixed, neighborhood_attention, tiled_attention
 
 from .mixer import Mixer
 from .registry import register_module
@@ -195,6 +195,8 @@ class NeighborhoodAttention(Mixer):
         elif backend == "auto":
             backend = choose_backend(q, k, v, self.pattern, self.dims, self.rpb, self.scale, dropout)
         if backend == "tiles":  # padding has seen to what the operator checks
+            if not torch.jit.is_scripting():
+                grid = [fixed(n) for n in grid]  # symbolic sides would be traced for minutes
             return tiled_attention(
                 q, k, v, grid, self.kernel_size, self.dilation, self.stride, self.causal, self.rpb, self.scale, dropout
             )

@@ -89,13 +89,13 @@ def choose_backend(
         return "tiles"
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     reason = _kernels_reason(
-        str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]),
+        str(q.device), q.dtype, fixed(q.shape[3]), fixed(q.shape[2]), fixed(k.shape[2]),
         tuple(encode(pattern, dims)), dims, False, False, None if bias is None else bias.dtype, False, grad,
     )  # fmt: skip
     return "local" if reason is None else "tiles"
 
 
-def _fixed(n: int) -> int:
+def fixed(n: int) -> int:
     """n, as a constant of a graph whose sizes are symbolic."""
     return len(range(n))
 
