@@ -112,18 +112,18 @@ def depthwise_residual(
         bias: (C) or None.
         grid: (H, W).
         num_prefix_tokens: P.
-        backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: Triton
-            on a GPU, else the convolution.
+        backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: the
+            convolution.
 
     Raises:
         ValueError: for an unknown backend, or one that can't run here.
     """
-    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and out.is_cuda)):
+    # 'auto' takes the kernel once tests/ops/test_agent_inline_gpu.py has passed on a GPU; it has not yet
+    if not torch.jit.is_scripting() and backend == "triton":
         reason = can_run_triton(out, v)
         if reason is None:
             return _triton(out, v, weight, bias, grid, num_prefix_tokens)
-        if backend == "triton":
-            raise ValueError(f"depthwise_residual: backend 'triton' can't run: {reason}: use 'auto' or 'conv'")
+        raise ValueError(f"depthwise_residual: backend 'triton' can't run: {reason}: use 'auto' or 'conv'")
     if backend == "reference":
         return depthwise_residual_reference(out, v, weight, bias, grid, num_prefix_tokens)
     if backend == "conv" or backend == "auto":

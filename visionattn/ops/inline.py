@@ -121,7 +121,7 @@ def inline_mix(
         num_prefix_tokens: P; these take part in the attention only.
         scale: (C / heads)^-0.5 by default.
         backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (three launches, no copies), or ``'auto'``:
-            Triton on a GPU, else the products.
+            the products.
 
     Returns:
         (B, P + H * W, C).
@@ -132,13 +132,13 @@ def inline_mix(
     B, N, C = q.shape
     D = C // heads
     factor = D**-0.5 if scale is None else scale
-    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and q.is_cuda)):
+    # 'auto' takes the kernels once tests/ops/test_agent_inline_gpu.py has passed on a GPU; it has not yet
+    if not torch.jit.is_scripting() and backend == "triton":
         # wider heads: a D x D product per tile would spill
         reason = can_run_triton(q, v) if D <= 64 else f"heads of {D} channels are wider than 64"
         if reason is None:
             return _triton(q, k, v, weight, bias, heads, grid, num_prefix_tokens, factor)
-        if backend == "triton":
-            raise ValueError(f"inline_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
+        raise ValueError(f"inline_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
     local = "conv" if backend == "matmul" else backend
     out = inline_attention(
         q.reshape(B, N, heads, D), k.reshape(B, N, heads, D), v.reshape(B, N, heads, D), factor, backend
