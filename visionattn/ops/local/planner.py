@@ -197,12 +197,13 @@ def choose(call: Call, return_lse: bool) -> tuple[str, str]:
     why = sdpa.reason(call, return_lse)
     if sdpa.is_plain(call) and why is None:
         return "sdpa", "the pattern hides nothing, so attention is dense"
-    reason = triton_reason(call)
-    if reason is None and call.q.is_cuda:
-        return "triton", "the fused kernels run, and visit only tiles that the pattern touches"
-    if reason is not None and reason.startswith(FAILED):
-        _warn(reason)
     if call.q.is_cuda:
+        biased = call.bias is not None and call.needs_grad()  # whose gradient was wrong on a GPU once (docs/local.md)
+        reason = "its bias gradient has not been proven on a GPU" if biased else triton_reason(call)
+        if reason is None:
+            return "triton", "the fused kernels run, and visit only tiles that the pattern touches"
+        if reason.startswith(FAILED):
+            _warn(reason)
         for name, module in (("natten", natten), ("flex", flex)):
             if module.reason(call, return_lse) is None:
                 return name, "the fastest of those that can run"
