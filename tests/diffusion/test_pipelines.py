@@ -9,6 +9,7 @@ from tests.extras import require_extra
 
 require_extra("diffusers", "diffusion")
 
+import visionattn  # noqa: E402
 from visionattn.diffusion import Disk, Neighborhood, load_clear, sparsify, upscale_generate  # noqa: E402
 from visionattn.diffusion.session import pool  # noqa: E402
 
@@ -148,5 +149,6 @@ def test_the_high_resolution_recipe(flux):
     assert result.images[0].size == (96, 128)
     assert flux.transformer.pos_embed.theta == theta and flux.scheduler is scheduler and not flux.vae.use_tiling
     assert np.array_equal(generate(flux), dense)
+    assert visionattn.sparsify is sparsify  # the one line of the README
     with pytest.raises(ValueError, match="multiples of 16"):
         upscale_generate(flux, "a red fox", height=100)
