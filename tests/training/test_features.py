@@ -1,6 +1,9 @@
 """What the options of train.py do, each seen in the numbers it changes."""
 
 import csv
+import io
+import json
+import tarfile
 
 import pytest
 import timm
@@ -349,6 +352,36 @@ def test_checkpoint_of_another_class_count_starts_a_fine_tuning(train, pictures,
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     assert {"fc.weight", "fc.bias"} <= changed and all(k.startswith("fc.") or "running" in k or "num_b" in k
                                                        for k in changed)  # fmt: skip
+
+
+def test_webdataset_shards(train, pictures, tmp_path):
+    """Two shards a split, with the description that timm reads; a whole run, and one that was stopped within an epoch and resumed."""
+    pytest.importorskip("webdataset")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    info = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        files = sorted((pictures / split).rglob("*.png"))
+        info[name] = {"name": name, "num_samples": len(files), "filenames": [], "shard_lengths": []}
+        for i in range(2):
+            part = files[i::2]
+            info[name]["filenames"].append(f"{name}-{i:04d}.tar")
+            info[name]["shard_lengths"].append(len(part))
+            with tarfile.open(shards / f"{name}-{i:04d}.tar", "w") as t:
+                for k, file in enumerate(part):
+                    label = str("abc".index(file.parent.name)).encode()
+                    for suffix, content in (("png", file.read_bytes()), ("cls", label)):
+                        entry = tarfile.TarInfo(f"{i}_{k:04d}.{suffix}")
+                        entry.size = len(content)
+                        t.addfile(entry, io.BytesIO(content))
+    (shards / "_info.json").write_text(json.dumps({"splits": info}))
+    args = f"{TINY} --dataset wds/ --data-dir {shards} --num-classes 3 --epochs 2"
+    status, out, err = train(args, output=tmp_path / "whole")
+    assert status == 0 and "6 batches of 8" in out, err
+    assert train(f"{args} --stop-step 8", output=tmp_path / "parts")[0] == 0
+    run = only_run(tmp_path / "parts")
+    assert train(f"--resume {run}")[0] == 0
+    assert state_of(run)["position"]["step"] == state_of(only_run(tmp_path / "whole"))["position"]["step"] == 12
 
 
 def test_manual_lists_every_option():

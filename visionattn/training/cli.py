@@ -63,6 +63,9 @@ def _run(argv: list[str]) -> int:
             step = getattr(trainer, "step", 0)
             raise RunError(f"rank {world.rank} of {world.size} lost contact with another rank at update {step}: it was "
                            f"killed, or failed, and says so itself. {_how_to_resume(trainer)}") from e  # fmt: skip
+        if "in DataLoader worker process" in str(e):
+            last = [line for line in str(e).splitlines() if line.strip()][-1]
+            raise RunError(f"reading the data failed in a worker process: {last}") from e
         raise
     finally:
         distributed.stop()

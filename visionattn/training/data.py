@@ -289,6 +289,21 @@ def _init_worker(worker_id: int) -> None:
     np.random.seed(get_worker_info().seed % 2**32)
 
 
+class _SeededTransform:
+    """The transform of a stream: seeded by epoch, reader and count, so that what a resume reads again is the same."""
+
+    def __init__(self, transform: Any, seed: int, rank: int):
+        self.transform, self.seed, self.rank = transform, seed, rank
+        self.epoch = self.count = 0
+
+    def __call__(self, image: Image.Image) -> Any:
+        info = get_worker_info()
+        reader = self.rank * 1024 + (info.id if info else 0)
+        self.count += 1
+        with _seeded(mix_seed(self.seed, self.epoch, self.count * 2**24 + reader)):
+            return self.transform(image)
+
+
 class TrainLoader:
     """Batches of one epoch at a time, from any batch on: ``for x, y in loader.epoch(3, start=10)``."""
 
@@ -296,7 +311,7 @@ class TrainLoader:
         self.cfg, self.data, self.device, self.samples = cfg, data, device, None
         self.dataset = dataset
         if isinstance(dataset, IterableDataset):
-            dataset.transform = _train_transform(cfg, data)
+            dataset.transform = _SeededTransform(_train_transform(cfg, data), cfg.seed, rank)
             if hasattr(dataset, "set_loader_cfg"):
                 dataset.set_loader_cfg(num_workers=cfg.workers)
             self.batches = len(dataset) // cfg.batch_size
@@ -327,6 +342,7 @@ class TrainLoader:
         # A stream can't be entered in the middle: read and drop. Fresh workers with a seed of the epoch's own read the
         # same order again.
         self.dataset.set_epoch(epoch)
+        self.dataset.transform.epoch, self.dataset.transform.count = epoch, 0
         loader = self._loader()
         loader.loader.generator.manual_seed(mix_seed(self.cfg.seed, epoch, -1))
         yield from itertools.islice(loader, start, self.batches)
