@@ -355,7 +355,7 @@ def test_checkpoint_of_another_class_count_starts_a_fine_tuning(train, pictures,
 
 
 def test_webdataset_shards(train, pictures, tmp_path):
-    """Two shards a split, with the description that timm reads; a whole run, and one that was stopped within an epoch and resumed."""
+    """Two shards a split, with the description that timm reads; a whole run, and one that stops and is resumed."""
     pytest.importorskip("webdataset")
     shards = tmp_path / "shards"
     shards.mkdir()
