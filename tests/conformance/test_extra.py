@@ -34,15 +34,17 @@ def build(name: str, batch: int = 2, size: tuple[int, int] | None = None, **kwar
     """(model in eval mode, input), with values that do not hide anything.
 
     A fresh network has zeros where training starts from an identity (the last norm of a residual block, biases): they
-    would cut the mechanism under test out of the output. All parameters are therefore drawn anew, and the norms'
-    running statistics are moved.
+    would cut the mechanism under test out of the output. So constants are moved, and the norms' running statistics.
+    Only a little: residual branches at full strength make a deep random network amplify rounding a million times.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if parameter.ndim == 1 else 0.0))
+        for key, parameter in model.named_parameters():
+            if parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+                if parameter.ndim == 1 and key.endswith("weight") and parameter.mean().abs() < 0.5:
+                    parameter.add_(0.2)
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(0, 0.1)
