@@ -49,9 +49,8 @@ def aggregated_attention(
         window: odd side of the neighbourhood.
         dropout_p: dropout of the attention weights.
         backend: ``'reference'``: eager PyTorch, any device and dtype. ``'triton'``: fused kernels, no neighbourhood
-            in memory; no dropout, no second derivative; :func:`can_run_triton` says where. ``'auto'``: the kernels on
-            CUDA tensors if they can run, else the reference; a kernel that does not compile is reported once, as a
-            warning. TorchScript, ``torch.export`` and ONNX take the reference.
+            in memory; no dropout, no second derivative; :func:`can_run_triton` says where. ``'auto'``: the reference,
+            until the kernels' tests have passed on a GPU (docs/gpu-tests.md).
 
     Returns:
         (B, N, heads, D).
