@@ -52,6 +52,21 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *args: aggregated_attention(*args, 2, 3, 3), tensors)
 
 
+def test_16_bit_activations_with_float32_parameters():
+    """As the kernels take them; the output and the gradients keep their inputs' dtypes."""
+    exact = make(H=6, W=5, dim=8, P=4)
+    mixed = [t.bfloat16() if i < 3 else t.float() for i, t in enumerate(exact)]
+    mixed = [t.requires_grad_() for t in mixed]
+    oracle = [t.detach().double().requires_grad_() for t in mixed]
+    results = []
+    for tensors in (mixed, oracle):
+        out = aggregated_attention(*tensors, 6, 5, 3, backend="reference")
+        results.append((out, *torch.autograd.grad(out.double().square().sum(), tensors)))
+    assert [x.dtype for x in results[0]] == [torch.bfloat16] + [t.dtype for t in mixed]
+    for x, y in zip(*results, strict=True):
+        assert (x.double() - y).norm() / y.norm() < 0.03
+
+
 def test_dropout():
     tensors = make()
     torch.manual_seed(0)

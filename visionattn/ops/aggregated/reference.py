@@ -39,7 +39,8 @@ def aggregated_attention_reference(
     scale = torch.log((inside.sum(dim=1) + k_pool.shape[1]).to(q.dtype))
 
     unit = F.normalize(q, dim=-1)
-    scaled = (unit + query_embedding) * (tau[:, None] * scale[:, None, None])
+    # parameters may be float32 beside 16-bit q, kv: sums are made in the wider type, products in q's
+    scaled = ((unit + query_embedding) * (tau[:, None] * scale[:, None, None])).to(q.dtype)
     pad = [0, 0, 0, 0, reach, reach, reach, reach]
     k_map = F.pad(F.normalize(k, dim=-1).reshape(B, height, width, heads, dim), pad)
     v_map = F.pad(v.reshape(B, height, width, heads, dim), pad)
@@ -55,7 +56,9 @@ def aggregated_attention_reference(
     weights = torch.cat([logits, pooled], dim=-1).softmax(dim=-1)
     weights = F.dropout(weights, dropout_p, dropout_p > 0.0)
 
-    near = weights[..., : window * window] + torch.einsum("bnhd,hdj->bnhj", unit, tokens) + token_bias
+    learned = torch.einsum("bnhd,hdj->bnhj", unit, tokens.to(q.dtype)) + token_bias
+    near = (weights[..., : window * window] + learned).to(q.dtype)
+    weights = weights.to(q.dtype)
     out = torch.einsum("bnhp,bphd->bnhd", weights[..., window * window :], v_pool)
     for i in range(window):
         for j in range(window):
