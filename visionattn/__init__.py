@@ -26,7 +26,8 @@ __all__ = [
     "to_moh",
 ]
 
-_LAZY = {"sparsify": "visionattn.diffusion"}  # needs an extra, and its imports cost seconds
+# they need an extra, and their imports cost seconds
+_LAZY = {"agent_sd": "visionattn.diffusion", "sparsify": "visionattn.diffusion"}
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ except ImportError as e:
 from visionattn.ops.local.patterns import Cross, Disk, Neighborhood
 
 from .adapters import Adapter, Site, register_adapter
+from .agent_sd_patch import agent_sd
 from .clear import load_clear, rope_factor, upscale_generate
 from .layout import GridError, Layout
 from .patch import Handle, sparsify
@@ -25,6 +26,7 @@ __all__ = [
     "Neighborhood",
     "Report",
     "Site",
+    "agent_sd",
     "load_clear",
     "register_adapter",
     "rope_factor",

@@ -12,6 +12,7 @@ def agent_attention_reference(
     agent_bias: torch.Tensor | None = None,
     query_bias: torch.Tensor | None = None,
     scale: float | None = None,
+    query_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equation 6 of the paper in plain products.
 
@@ -22,7 +23,7 @@ def agent_attention_reference(
     logits = torch.einsum("bahd,bmhd->bham", agents * scale, k)
     gather = (logits if agent_bias is None else logits + agent_bias).softmax(dim=-1)
     agent_values = torch.einsum("bham,bmhd->bahd", gather, v)
-    logits = torch.einsum("bnhd,bahd->bhna", q * scale, agents)
+    logits = torch.einsum("bnhd,bahd->bhna", q * (scale if query_scale is None else query_scale), agents)
     spread = (logits if query_bias is None else logits + query_bias).softmax(dim=-1)
     return torch.einsum("bhna,bahd->bnhd", spread, agent_values), gather, spread
 
@@ -37,6 +38,7 @@ def agent_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    query_scale: float | None = None,
 ) -> torch.Tensor:
     """``softmax(q agents^T) softmax(agents k^T) v``: attention that is linear in the number of tokens.
 
@@ -49,6 +51,7 @@ def agent_attention(
         scale: of both products, D^-0.5 by default.
         dropout_p: dropout of both softmax results.
         backend: ``'reference'``, ``'sdpa'`` (PyTorch's fused attention, twice), or ``'auto'``.
+        query_scale: of the product of queries and agents, where it is another one (AgentSD).
 
     Returns:
         (B, N, H, D).
@@ -59,7 +62,7 @@ def agent_attention(
     if backend == "reference":
         if dropout_p > 0.0:
             raise ValueError("agent_attention: the reference has no dropout: use backend='sdpa'")
-        return agent_attention_reference(q, k, v, agents, agent_bias, query_bias, scale)[0]
+        return agent_attention_reference(q, k, v, agents, agent_bias, query_bias, scale, query_scale)[0]
     if backend != "auto" and backend != "sdpa":
         raise ValueError(f"agent_attention: backend {backend} is unknown: use one of auto, reference, sdpa")
     agents = agents.transpose(1, 2)
@@ -69,8 +72,9 @@ def agent_attention(
         agents, k.transpose(1, 2), v.transpose(1, 2), attn_mask=agent_mask, dropout_p=dropout_p, scale=scale
     )
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), agents, agent_values, attn_mask=query_mask, dropout_p=dropout_p, scale=scale
-    )
+        q.transpose(1, 2), agents, agent_values, attn_mask=query_mask, dropout_p=dropout_p,
+        scale=scale if query_scale is None else query_scale,
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 
