@@ -1,0 +1,5 @@
+_base_ = "./mask-rcnn_agent-pvt-t_fpn_1x_coco.py"
+
+model = dict(
+    backbone=dict(model="agent_pvt_medium", init_cfg=dict(checkpoint="agent_pvt_medium.in1k")),
+)

@@ -1,0 +1,22 @@
+_base_ = [
+    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
+    "mmdet::_base_/datasets/coco_instance.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+    "../_base_/visionattn.py",
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="visionattn.Backbone",
+        model="agent_pvt_tiny",
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.1,
+        agent_shapes=((12, 12), (16, 16), (28, 28), (28, 28)),
+        init_cfg=dict(type="Pretrained", checkpoint="agent_pvt_tiny.in1k"),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
+
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=0.0002, weight_decay=0.0001))
