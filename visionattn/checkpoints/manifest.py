@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from .machine import CheckpointError
+from visionattn.models._shipped import weights_folder
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+from .machine import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,12 @@ class Released:
         url: address as published, or None; ``file`` is the path below ``weights/`` of a file that comes along.
         wrapper: the key that the weights lie under, None for a plain state dict or where it was not seen.
         licence: what the source says of the weights.
-        top1: published ImageNet-1k accuracy in percent, None where the result is another.
+        top1: accuracy in percent on ``dataset``, published or, for a file that comes along, measured here; None where
+            the result is another.
+        dataset: what ``top1`` was measured on.
         img_size: pixels of the published evaluation.
         sha256, size: hash and bytes, where known.
+        recipe: the command that trained a file that comes along.
     """
 
     name: str
@@ -44,16 +47,12 @@ class Released:
     wrapper: str | None = None
     licence: str = "not stated"
     top1: float | None = None
+    dataset: str = "imagenet-1k"
     img_size: int | None = None
     sha256: str | None = None
     size: int | None = None
+    recipe: str | None = None
     note: str | None = None
-
-
-def weights_folder() -> Path:
-    """``weights/``: at the top of a checkout, inside of the package in a wheel."""
-    inside = _PACKAGE / "weights"
-    return inside if inside.is_dir() else _PACKAGE.parent / "weights"
 
 
 def manifest() -> dict[str, Released]:

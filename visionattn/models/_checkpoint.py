@@ -23,6 +23,8 @@ from torch import nn
 
 from visionattn import _timm
 
+from ._shipped import resolve
+
 __all__ = ["CheckpointError", "build_model_with_cfg", "read_state_dict", "unwrap_state_dict"]
 
 # an EMA wins where a file holds both: timm's trainer and the authors' report the averaged weights
@@ -147,7 +149,7 @@ def build_model_with_cfg(
     weights = None
     if local and not cfg.custom_load:
         file = _file_in(Path(local)) if cfg.source == "local-dir" else local
-        weights = read_state_dict(file)
+        weights = read_state_dict(resolve(file))
         # timm takes a state dict before any other source; it gets a stand-in, which the filter below exchanges, because
         # it copies what stands in a cfg
         build["pretrained_cfg_overlay"] = {**(pretrained_cfg_overlay or {}), "state_dict": {"": ""}, "source": ""}

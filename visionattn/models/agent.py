@@ -10,6 +10,7 @@ from typing import Any
 from visionattn._timm import generate_default_cfgs, register_model
 
 from ._hosts import CSWIN_DEPTHS, PVT_DEPTHS, create_host, host_cfg
+from ._shipped import digits_cfgs
 from .cswin import CSWinHost
 from .pvt import PVTHost
 from .swin import SwinHost
@@ -53,8 +54,8 @@ default_cfgs = generate_default_cfgs(
         "agent_cswin_small.in1k": _cfg(CSWinHost, checkpoint="30eb8af675bc4b7a8747"),
         "agent_cswin_base.in1k": _cfg(CSWinHost, checkpoint="c8035b0839b2410c8c9f"),
         "agent_cswin_base_384.in1k": _cfg(CSWinHost, 384, checkpoint="1239be0df44b47719432"),
-        "test_agent_deit.untrained": _cfg(ViTHost, 64),
-        "test_agent_swin.untrained": _cfg(SwinHost, 96),
+        **digits_cfgs("test_agent_deit", _cfg(ViTHost, 64), 64, takes_size=True),
+        **digits_cfgs("test_agent_swin", _cfg(SwinHost, 96), 64, takes_size=True),
     }
 )
 

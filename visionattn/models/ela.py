@@ -20,6 +20,7 @@ from visionattn.layers.ela import ELA
 from visionattn.layers.residual import Residual
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 from .mobilenet import V2_ARCH, from_features_names, layer_positions, mobilenet_args
 
 __all__ = ["ElaMobileNetV2", "ElaResNet"]
@@ -152,7 +153,7 @@ default_cfgs = generate_default_cfgs(
         "ela_b_mobilenetv2.untrained": _mobilenet_cfg(),
         "ela_s_mobilenetv2.untrained": _mobilenet_cfg(),
         "ela_l_mobilenetv2.untrained": _mobilenet_cfg(),
-        "test_ela.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3), first_conv="conv1.0"),
+        **digits_cfgs("test_ela", _cfg(input_size=(3, 96, 96), pool_size=(3, 3), first_conv="conv1.0"), 32),
     }
 )
 

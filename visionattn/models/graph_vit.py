@@ -34,6 +34,7 @@ from visionattn.layers.graph_transformer import grid_neighbours
 from visionattn.ops.graph import grid_laplacian_basis, neighbour_attention_reference
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["GraphViT"]
 
@@ -351,7 +352,7 @@ default_cfgs = generate_default_cfgs(
         "graph_vit_base_patch16_224.untrained": _cfg(),
         "graph_vit_knn_tiny_patch16_224.untrained": _cfg(),
         "graph_vit_knn_small_patch16_224.untrained": _cfg(),
-        "test_graph_vit.untrained": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+        **digits_cfgs("test_graph_vit", _cfg(input_size=(3, 32, 32), crop_pct=1.0), 32),
     }
 )
 

@@ -34,6 +34,7 @@ from visionattn._timm import (
 from visionattn.layers.halo import HaloAttention
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["HaloNet"]
 
@@ -345,7 +346,7 @@ default_cfgs = generate_default_cfgs(
         "halo_h5.untrained": _cfg(input_size=(3, 448, 448), pool_size=(14, 14)),
         "halo_h6.untrained": _cfg(input_size=(3, 512, 512), pool_size=(16, 16)),
         "halo_h7.untrained": _cfg(input_size=(3, 600, 600), pool_size=(19, 19)),
-        "test_halo.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        **digits_cfgs("test_halo", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
     }
 )
 

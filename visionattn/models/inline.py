@@ -10,6 +10,7 @@ from typing import Any
 from visionattn._timm import generate_default_cfgs, register_model
 
 from ._hosts import CSWIN_DEPTHS, PVT_DEPTHS, create_host, host_cfg
+from ._shipped import digits_cfgs
 from .cswin import CSWinHost
 from .pvt import PVTHost
 from .swin import SwinHost
@@ -50,8 +51,8 @@ default_cfgs = generate_default_cfgs(
         "inline_cswin_small.in1k": _cfg(CSWinHost, checkpoint="59f4e65f776f4052b93c"),
         "inline_cswin_base.in1k": _cfg(CSWinHost, checkpoint="91e17121df284ae38521"),
         "inline_cswin_base_384.untrained": _cfg(CSWinHost, 384),
-        "test_inline_deit.untrained": _cfg(ViTHost, 64),
-        "test_inline_swin.untrained": _cfg(SwinHost, 96),
+        **digits_cfgs("test_inline_deit", _cfg(ViTHost, 64), 64, takes_size=True),
+        **digits_cfgs("test_inline_swin", _cfg(SwinHost, 96), 64, takes_size=True),
     }
 )
 

@@ -34,6 +34,7 @@ from visionattn._timm import (
 from visionattn.layers.mala import MALA, PointwiseConv, RotaryEmbedding
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["MAViT"]
 
@@ -415,7 +416,7 @@ default_cfgs = generate_default_cfgs(
         "mala_small.untrained": _cfg(),
         "mala_base.untrained": _cfg(),
         "mala_large.untrained": _cfg(),
-        "test_mala.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        **digits_cfgs("test_mala", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
     }
 )
 

@@ -35,6 +35,7 @@ from visionattn.layers.nat import ConvDownsampler, ConvTokenizer, PatchMerging, 
 from visionattn.layers.neighborhood import NeighborhoodAttention
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["NAT"]
 
@@ -460,7 +461,7 @@ default_cfgs = generate_default_cfgs(
         "dinat_s_tiny.untrained": _cfg(**_DINAT_S),
         "dinat_s_small.untrained": _cfg(**_DINAT_S),
         "dinat_s_base.untrained": _cfg(**_DINAT_S),
-        "test_nat.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        **digits_cfgs("test_nat", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
     }
 )
 

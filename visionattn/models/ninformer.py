@@ -22,6 +22,7 @@ from visionattn._timm import (
 from visionattn.layers.nin import NiNBlock
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["NiNformer"]
 
@@ -207,7 +208,7 @@ default_cfgs = generate_default_cfgs(
         "ninformer_patch4_32.untrained": _cfg(),
         "ninformer_patch4_28.untrained": _cfg(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)),
         "ninformer_small_patch16_224.untrained": _cfg(input_size=(3, 224, 224), num_classes=1000, crop_pct=0.9),
-        "test_ninformer.untrained": _cfg(num_classes=1000),
+        **digits_cfgs("test_ninformer", _cfg(num_classes=1000), 32),
     }
 )
 

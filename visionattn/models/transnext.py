@@ -39,6 +39,7 @@ from visionattn.layers.transnext import (
 )
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 
 __all__ = ["TransNeXt"]
 
@@ -342,7 +343,7 @@ default_cfgs = generate_default_cfgs(
         "moh_vit_small_75.untrained": _cfg(**_MOH),
         "moh_vit_base_75.untrained": _cfg(**_MOH),
         "moh_vit_base_50.untrained": _cfg(**_MOH),
-        "test_moh_vit.untrained": _cfg(**_MOH, input_size=(3, 96, 96), pool_size=(3, 3)),
+        **digits_cfgs("test_moh_vit", _cfg(**_MOH, input_size=(3, 96, 96), pool_size=(3, 3)), 64, takes_size=True),
     }
 )
 

@@ -16,6 +16,7 @@ from visionattn._timm import generate_default_cfgs, register_model
 from visionattn.layers.ulsam import ULSAM
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._shipped import digits_cfgs
 from .mobilenet import TEST_ARCH, V1_ARCH, V2_ARCH, from_features_names, layer_positions, mobilenet_args
 
 __all__ = ["UlsamMobileNet"]
@@ -101,7 +102,7 @@ default_cfgs = generate_default_cfgs(
         "ulsam_mobilenetv1_075.untrained": _cfg(),
         "ulsam_mobilenetv1_050.untrained": _cfg(),
         "ulsam_mobilenetv2_100.untrained": _cfg(),
-        "test_ulsam.untrained": _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        **digits_cfgs("test_ulsam", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 32),
     }
 )
 

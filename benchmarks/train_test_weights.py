@@ -1,0 +1,132 @@
+"""Trains the small models whose weights come along (``test_*.digits``), and writes their files and manifest entries.
+
+    python benchmarks/train_test_weights.py                 # all of them, one after the other; goes on where it stopped
+    python benchmarks/train_test_weights.py test_ela test_halo
+    python benchmarks/train_test_weights.py --check         # trains nothing: measures the files that lie in weights/
+
+Each run is ``train.py``'s, with its recipe for the digits at the size of the model's ``digits`` cfg. The weights are
+those of the last epoch: no epoch is chosen by the images that the accuracy is stated on. Ctrl-C saves the run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import visionattn  # noqa: F401  registers the models
+from visionattn.checkpoints import manifest, sha256
+from visionattn.training import cli
+from visionattn.training.data import Digits
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "weights"
+BEGIN = "# Trained here; benchmarks/train_test_weights.py writes all that follows.\n"
+LIMIT = 2_000_000  # bytes of a file
+
+
+def names() -> list[str]:
+    """Registered models with a ``digits`` tag."""
+    return [n.removesuffix(".digits") for n in timm.list_pretrained("test_*.digits")]
+
+
+def arguments(name: str, epochs: int, seed: int) -> list[str]:
+    """What train.py is given; it stands on the model's card."""
+    size = timm.get_pretrained_cfg(f"{name}.digits").input_size[-1]
+    words = ["--config", "digits", "--model", f"{name}.digits", "--img-size", str(size)]
+    return [*words, "--epochs", str(epochs), "--seed", str(seed)]
+
+
+def train(name: str, runs: Path, epochs: int, seed: int) -> Path:
+    """Trains, or goes on; returns the weights of the last epoch."""
+    status = cli.main([*arguments(name, epochs, seed), "--output", str(runs), "--resume", "auto", "--threads", "1"])
+    if status:
+        raise SystemExit(f"train_test_weights.py: the run of {name} failed, see above")
+    for run in sorted(runs.glob(f"*-{name}.digits"), reverse=True):
+        with (run / "summary.csv").open() as file:
+            if len(list(csv.DictReader(file))) == epochs:
+                return run / "last.safetensors"
+    raise SystemExit(f"train_test_weights.py: the run of {name} was stopped; start again to go on from here")
+
+
+def evaluate(name: str) -> float:
+    """Top-1 in percent on the held-out digits, of the model as ``timm.create_model`` gives it."""
+    model = timm.create_model(f"{name}.digits", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    held_out = Digits(train=False)
+    images = torch.stack([transform(image.convert("RGB")) for image, _ in held_out])
+    with torch.no_grad():
+        found = torch.cat([model(batch).argmax(1) for batch in images.split(64)])
+    return 100 * (found == torch.tensor(held_out.labels)).double().mean().item()
+
+
+def release(name: str, source: Path) -> None:
+    """Copies trained weights into ``weights/``, under a temporary name first."""
+    about = {"model": f"{name}.digits", "dataset": "scikit-learn digits", "num_classes": 10}
+    target = WEIGHTS / f"{name}.digits.safetensors"
+    temporary = target.with_suffix(".tmp")
+    save_file(load_file(source), temporary, metadata={"format": "pt", "visionattn": json.dumps(about)})
+    if temporary.stat().st_size > LIMIT:
+        temporary.unlink()
+        raise SystemExit(f"train_test_weights.py: {name} has more than {LIMIT:,} bytes")
+    os.replace(temporary, target)
+
+
+def record(name: str, top1: float, command: list[str]) -> None:
+    """Puts the entry of one model into the manifest, in place of an older one."""
+    path = WEIGHTS / "manifest.yaml"
+    head, _, tail = path.read_text().partition(BEGIN)
+    entries = {e["name"]: e for e in yaml.safe_load(tail) or []}
+    file = WEIGHTS / f"{name}.digits.safetensors"
+    entries[f"{name}.digits"] = {
+        "name": f"{name}.digits",
+        "system": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
+        "model": name,
+        "file": file.name,
+        "licence": "Apache-2.0",
+        "top1": round(top1, 2),
+        "dataset": "digits",
+        "img_size": timm.get_pretrained_cfg(f"{name}.digits").input_size[-1],
+        "sha256": sha256(file),
+        "size": file.stat().st_size,
+        "recipe": " ".join(["python train.py", *command]),
+    }
+    rows = [entries[key] for key in sorted(entries)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(head + BEGIN + yaml.safe_dump(rows, sort_keys=False, width=200))
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="names without a tag; all by default")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "test_weights", help="where run folders lie")
+    parser.add_argument("--again", action="store_true", help="also models whose file is there")
+    parser.add_argument("--check", action="store_true", help="only measure what is there")
+    args = parser.parse_args()
+    unknown = set(args.models) - set(names())
+    if unknown:
+        parser.error(f"no digits tag: {', '.join(sorted(unknown))}; there are {', '.join(names())}")
+    for name in args.models or names():
+        known = manifest().get(f"{name}.digits")
+        if args.check:
+            print(f"{name}.digits: {evaluate(name):.2f} %, the manifest says {known and known.top1}", flush=True)
+            continue
+        if known and not args.again:
+            continue
+        release(name, train(name, args.runs, args.epochs, args.seed))
+        top1 = evaluate(name)
+        record(name, top1, arguments(name, args.epochs, args.seed))
+        print(f"train_test_weights.py: {name}.digits {top1:.2f} % of the held-out digits", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
