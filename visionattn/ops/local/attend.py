@@ -1,0 +1,63 @@
+"""Dense attention of queries to other keys, with its log-sum-exp: what merging needs of text rows."""
+
+import math
+
+import torch
+
+_CHUNK = 2**25  # logits at a time
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, lengths: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, Nq, H, D) in q's dtype or wider, and natural log-sum-exp (B, H, Nq) in float32 or wider.
+
+    Args:
+        q: (B, Nq, H, D).
+        k, v: (B, Nk, Hk, D); Hk divides H.
+        scale: factor of q.k.
+        lengths: (B,) valid keys, the rest is hidden. A row without keys is 0, its log-sum-exp -inf.
+    """
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    if lengths is None and k.shape[1] and _has_fused(q, k, v):
+        return _fused(q, k, v, scale)
+    keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    hidden = None
+    if lengths is not None:
+        position = torch.arange(k.shape[1], device=q.device)
+        hidden = (position >= lengths.to(q.device)[:, None])[:, None, None, :]
+    outs, lses = [], []
+    step = max(1, _CHUNK // max(q.shape[0] * q.shape[2] * k.shape[1], 1))
+    for part in q.split(step, 1):
+        logits = (part.transpose(1, 2) @ keys) * scale
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -math.inf)
+        lse = logits.logsumexp(-1)
+        weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+        outs.append((weights.to(v.dtype) @ values).transpose(1, 2))
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def _has_fused(q, k, v) -> bool:
+    """Whether PyTorch's flash attention takes the call; it has no gradient of its log-sum-exp."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    if q.device.type == "cpu":
+        return q.dtype in (torch.float32, torch.float64)
+    if not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+
+
+def _fused(q, k, v, scale):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    return out.transpose(1, 2), lse
