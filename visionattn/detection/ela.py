@@ -1,0 +1,1 @@
+"""ELA in detectors."""

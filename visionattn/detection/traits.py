@@ -1,0 +1,219 @@
+"""What a timm model can do as a dense backbone, found out on the meta device: no weights, no arithmetic."""
+
+import copy
+import difflib
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models import group_parameters, model_entrypoint
+from torch import nn
+
+__all__ = ["Traits", "layer_groups", "traits_of"]
+
+# arguments by which timm's models take any image size; the first set that a model's constructor accepts is used
+DYNAMIC = (
+    dict(dynamic_img_size=True, dynamic_img_pad=True),
+    dict(dynamic_img_size=True),
+    dict(strict_img_size=False),
+    {},
+)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """A model's properties as a backbone.
+
+    Attributes:
+        arch: registered name, without a tag.
+        accepted: arguments, beyond the user's, that the model is built with.
+        info: timm's feature_info: a dictionary with num_chs, reduction and module per feature map.
+        isotropic: all maps have the same stride, as those of a plain vision transformer.
+        divisor: images whose sides are multiples of it go through, and every map's side is the image's over the stride,
+            rounded up; None where only ``native`` works.
+        native: (height, width) of the images that the model is made for.
+    """
+
+    arch: str
+    accepted: dict[str, Any]
+    info: tuple[dict[str, Any], ...]
+    isotropic: bool
+    divisor: int | None
+    native: tuple[int, int]
+
+    @property
+    def default_indices(self) -> tuple[int, ...]:
+        """The maps at strides of 4 and more, at most the last four."""
+        return tuple(i for i, level in enumerate(self.info) if level["reduction"] >= 4)[-4:]
+
+
+def architecture(name: str) -> str:
+    """The registered name in ``name`` (a tag may follow). ValueError, one line, for a name that is not registered."""
+    import visionattn.models  # noqa: F401  registers the zoo
+
+    arch = str(name).partition(".")[0]
+    if not isinstance(name, str) or not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), 3)
+        meant = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists those that are"
+        raise ValueError(f"model={name!r} is registered neither by visionattn nor by timm: {meant}")
+    return arch
+
+
+def is_ours(arch: str) -> bool:
+    return model_entrypoint(arch).__module__.startswith("visionattn.")
+
+
+def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs).eval()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):  # some constructors read numbers off tensors
+            raise
+        with torch.device("cpu"):
+            return timm.create_model(name, **kwargs).eval().to("meta")
+
+
+def traits_of(name: str, kwargs: Mapping[str, Any], dynamic: bool = True) -> Traits:
+    """The traits of ``timm.create_model(name, **kwargs)``.
+
+    Raises:
+        ValueError: for an unknown model, or one without feature maps.
+        TypeError: for arguments that it does not take.
+    """
+    try:
+        frozen = repr(sorted(kwargs.items()))
+    except Exception:  # an argument without a stable text
+        frozen = None
+    if frozen is None or "0x" in frozen:
+        return _traits_of(name, dict(kwargs), dynamic)
+    return copy.deepcopy(_cached(name, frozen, dynamic, _Uncompared(kwargs)))
+
+
+class _Uncompared(dict):
+    """Arguments that go past the cache's key, which has their text."""
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@functools.lru_cache(maxsize=64)
+def _cached(name: str, frozen: str, dynamic: bool, kwargs: _Uncompared) -> Traits:
+    return _traits_of(name, dict(kwargs), dynamic)
+
+
+def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
+    arch = architecture(name)
+    candidates = ({},) if is_ours(arch) or not dynamic else DYNAMIC
+    net, accepted = None, {}
+    for accepted in candidates:
+        try:
+            net = create_on_meta(name, features_only=True, **accepted, **kwargs)
+            break
+        except TypeError as error:
+            if accepted is candidates[-1]:
+                raise TypeError(f"{arch}: {_one_line(error)}") from error
+        except RuntimeError as error:
+            if "features_only" in str(error):
+                raise ValueError(
+                    f"{arch} gives no feature maps (timm: features_only): choose another model as a backbone"
+                ) from error
+            raise
+    info = tuple(dict(level) for level in net.feature_info.info)
+    strides = {level["reduction"] for level in info}
+    native = _native_size(net, kwargs)
+    return Traits(arch, accepted, info, len(strides) == 1, _divisor(net, native, kwargs), native)
+
+
+def _native_size(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    size = kwargs.get("img_size")
+    if size is None:
+        return tuple(net.pretrained_cfg.get("input_size") or (3, 224, 224))[1:]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _divisor(net: nn.Module, native: tuple[int, int], kwargs: Mapping[str, Any]) -> int | None:
+    """The smallest of some likely numbers whose multiples the model takes."""
+    deepest = max(level["reduction"] for level in net.feature_info.get_dicts())
+    chans = kwargs.get("in_chans", 3)
+    if _maps_follow(net, (native[0] + 45, native[1] + 83), chans):
+        return 1
+    # 7 and 8 are the usual windows
+    for divisor in sorted({deepest, 2 * deepest, 7 * deepest, 8 * deepest, max(native)}):
+        times = native[0] // divisor + 1
+        times += 1 - times % 2  # odd, so that no multiple of a larger number passes
+        if _maps_follow(net, (times * divisor, (times + 2) * divisor), chans):
+            return divisor
+    return None
+
+
+def _maps_follow(net: nn.Module, size: tuple[int, int], chans: int) -> bool:
+    """Whether images of ``size`` go through, and the maps are of their size over the stride, rounded up."""
+    try:
+        with torch.no_grad():
+            maps = net(torch.empty(1, chans, *size, device="meta"))
+    except Exception:
+        return False
+    levels = net.feature_info.get_dicts()
+    return len(maps) == len(levels) and all(
+        map_size(y, level["num_chs"]) == tuple(-(-side // level["reduction"]) for side in size)
+        for y, level in zip(maps, levels, strict=True)
+    )
+
+
+def map_size(y: torch.Tensor, channels: int) -> tuple[int, int] | None:
+    if y.ndim != 4:
+        return None
+    return tuple(y.shape[2:] if y.shape[1] == channels else y.shape[1:3])
+
+
+def layer_groups(name: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, int], set[str], int]:
+    """A classifier's parameters by depth, as timm's layer decay has them.
+
+    Returns:
+        the layer of every parameter (the stem's is 0; the classifier's, with final norms, the last), the names that the
+        model wants no weight decay for, and the number of layers.
+    """
+    full = create_on_meta(name, **{**kwargs, "num_classes": 1})
+    if hasattr(full, "group_matcher"):
+        layers = group_parameters(full, full.group_matcher(coarse=False), reverse=True)
+    else:
+        from timm.optim._param_groups import auto_group_layers
+
+        layers = auto_group_layers(full)
+    no_decay = set(full.no_weight_decay()) if hasattr(full, "no_weight_decay") else set()
+    return layers, no_decay, max(layers.values()) + 1
+
+
+def last_layer_of(name: str, kwargs: Mapping[str, Any], module: str) -> int:
+    """The deepest layer (:func:`layer_groups`) in a module of the model; what stands before it where it has none."""
+    layers, _, _ = layer_groups(name, kwargs)
+    own = [layer for n, layer in layers.items() if n.startswith(f"{module}.")]
+    if own:
+        return max(own)
+    full = create_on_meta(name, **{**kwargs, "num_classes": 1})
+    before: list[int] = []
+    for n, _ in full.named_modules():
+        if n == module:
+            break
+        before += [layers[p] for p in layers if p.rpartition(".")[0] == n]
+    return max(before, default=0)
+
+
+def takes_argument(arch: str, kwargs: Mapping[str, Any], **argument: Any) -> bool:
+    """Whether a model of ours has a constructor argument."""
+    if not is_ours(arch):
+        return False
+    full = create_on_meta(arch, **kwargs)
+    return set(argument) <= set(inspect.signature(type(full).__init__).parameters)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
