@@ -26,8 +26,8 @@ __all__ = [
     "to_moh",
 ]
 
-# they need an extra, and their imports cost seconds
-_LAZY = {"agent_sd": "visionattn.diffusion", "sparsify": "visionattn.diffusion"}
+# their imports cost time, and some need an extra
+_LAZY = {"attention_maps": "visionattn.maps", "agent_sd": "visionattn.diffusion", "sparsify": "visionattn.diffusion"}
 
 
 def __getattr__(name: str):

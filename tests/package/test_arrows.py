@@ -18,9 +18,22 @@ ARROWS = {
     "training": {"models", "layers", "ops", "_timm", ""},
     "checkpoints": {"models", "layers", "ops", "_timm", ""},
     "diffusion": {"ops"},
+    "maps": {"models", "layers", "ops", "_timm"},
     "plots": {"ops"},
     # what a user starts may use all; '' is the package's own public names
-    "cli": {"checkpoints", "training", "detection", "diffusion", "models", "layers", "ops", "_timm", "plots", ""},
+    "cli": {
+        "checkpoints",
+        "training",
+        "detection",
+        "diffusion",
+        "models",
+        "layers",
+        "ops",
+        "_timm",
+        "maps",
+        "plots",
+        "",
+    },
     "": {"models", "layers", "ops"},
     "__main__": {"cli"},
 }
@@ -33,7 +46,7 @@ OPTIONAL = {
     "mmcv": {"detection"},
     "mmengine": {"detection"},
     "natten": {"ops"},
-    "sklearn": {"training"},
+    "sklearn": {"training", "cli"},
     "matplotlib": {"training", "plots"},
     "torchvision": {"training", "cli", "models"},
 }
