@@ -364,7 +364,7 @@ def _patchable(unet: nn.Module, max_downsample: int) -> dict[str, nn.Module]:
 
 def _refuse(block: Block) -> None:
     processor = block.module.attn1.processor
-    if isinstance(processor, AgentProcessor):
+    if any(isinstance(hook, _Hook) and hook.function for hook in block.module._forward_pre_hooks.values()):
         raise ValueError("the U-Net is patched already: remove the other handle first")
     if type(processor).__name__ not in _PLAIN:
         raise ValueError(
