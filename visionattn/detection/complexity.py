@@ -44,12 +44,13 @@ def detector_complexity(config: Any, size: tuple[int, int] = (1280, 800)) -> Com
         ImportError: without mmdet (extra ``detection``).
         ValueError: for a detector that has neither a ``bbox_head`` nor a ``roi_head``.
     """
-    import visionattn.detection  # noqa: F401  registers the backbone; supplies mmcv's operators where they are missing
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
     from torch.utils.flop_counter import FlopCounterMode
+
+    import visionattn.detection  # noqa: F401  registers the backbone; supplies mmcv's operators where they are missing
 
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(cfg.get("default_scope", "mmdet"))

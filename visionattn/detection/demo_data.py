@@ -53,7 +53,7 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 @cache
 def photographs(split: str) -> tuple[np.ndarray, ...]:
-    """The backgrounds of a split, each (H, W, 3) uint8; none of them shows a face, a coin or a digit."""
+    """The backgrounds of a split, each (H, W, 3) uint8; none of them shows a human face, a coin or a digit."""
     from sklearn.datasets import load_sample_image
 
     data = _skimage().data
@@ -102,7 +102,7 @@ def _faces(split: str) -> np.ndarray:
 def _resized(colours: np.ndarray, mask: np.ndarray, side: float, angle: float = 0.0) -> Cutout:
     """Turned by ``angle`` degrees, cropped to the mask, its longer side ``side`` pixels."""
     image, shape = Image.fromarray(colours), Image.fromarray(mask.astype(np.uint8) * 255)
-    factor = 3.0 * side / max(image.size)  # turned at a higher resolution than it is drawn
+    factor = 2.0 * side / max(image.size)  # turned at a higher resolution than it is drawn
     size = tuple(max(2, round(n * factor)) for n in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC).rotate(angle, Image.Resampling.BILINEAR, expand=True)
     shape = shape.resize(size, Image.Resampling.BICUBIC).rotate(angle, Image.Resampling.BILINEAR, expand=True)
@@ -142,21 +142,32 @@ def _draw_face(rng: np.random.Generator, split: str, side: float) -> tuple[int, 
     face = faces[int(rng.integers(len(faces)))]
     if rng.random() < 0.5:
         face = face[:, ::-1]
-    y, x = np.mgrid[-1 : 1 : 100j, -1 : 1 : 100j]
+    y, x = np.mgrid[-1:1:100j, -1:1:100j]
     face = np.asarray(Image.fromarray(np.ascontiguousarray(face)).resize((100, 100), Image.Resampling.BICUBIC))
     tint = (1.0, rng.uniform(0.8, 1.0), rng.uniform(0.7, 1.0))
     colours = _tinted(_rgb(face), tint)
     return CATEGORIES.index("face"), _resized(colours, (x / 0.85) ** 2 + y**2 <= 1, side, rng.uniform(-12, 12))
 
 
+@cache
+def _horse() -> np.ndarray:
+    return ~_skimage().data.horse()[::2, ::2]
+
+
+@cache
+def _coats(split: str) -> tuple[np.ndarray, ...]:
+    data = _skimage().data
+    return (data.grass(), data.brick(), data.camera()) if split == "train" else (data.gravel(), data.camera())
+
+
 def _draw_horse(rng: np.random.Generator, split: str, side: float) -> tuple[int, Cutout]:
-    mask = ~_skimage().data.horse()
+    mask = _horse()
     if rng.random() < 0.5:
         mask = mask[:, ::-1]
-    names = ("grass", "brick", "camera") if split == "train" else ("gravel", "camera")
-    coat = _rgb(np.asarray(getattr(_skimage().data, names[int(rng.integers(len(names)))])()))
-    top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip(coat.shape, mask.shape, strict=False))
-    coat = coat[top : top + mask.shape[0], left : left + mask.shape[1]]
+    coats = _coats(split)
+    coat = coats[int(rng.integers(len(coats)))]
+    top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip(coat.shape, mask.shape, strict=True))
+    coat = _rgb(coat[top : top + mask.shape[0], left : left + mask.shape[1]])
     coat = _tinted(coat * 0.5 + 60, (rng.uniform(0.6, 1.3), rng.uniform(0.5, 1.0), rng.uniform(0.3, 0.9)))
     return CATEGORIES.index("horse"), _resized(coat, mask, max(side, 40.0), rng.uniform(-12, 12))
 
@@ -294,9 +305,9 @@ def _holds(folder: Path, info: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError):
         found = None
     if found != info:
-        raise ValueError(f"{folder} exists and does not hold this set ({train_val(info)}): remove it or name another")
+        raise ValueError(f"{folder} exists and does not hold this set ({_named(info)}): remove it or name another")
     return True
 
 
-def train_val(info: dict[str, Any]) -> str:
+def _named(info: dict[str, Any]) -> str:
     return f"{info['train']} + {info['val']} pictures, seed {info['seed']}"

@@ -1,0 +1,23 @@
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "../_base_/demo.py"]
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type="visionattn.Backbone", model="test_mala", out_indices=(0, 1, 2, 3), drop_path_rate=0.0
+    ),
+    neck=dict(in_channels=[16, 32, 48, 64], out_channels=64, num_outs=4),
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=13),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=13),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=dict(sampler=dict(num=64)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100), rcnn=dict(max_per_img=50)),
+)
+val_evaluator = dict(metric=["bbox", "segm"])
+test_evaluator = val_evaluator

@@ -1,0 +1,15 @@
+_base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py", "../_base_/demo.py"]
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type="visionattn.Backbone", model="test_mala", out_indices=(0, 1, 2, 3), drop_path_rate=0.0
+    ),
+    neck=dict(in_channels=[16, 32, 48, 64], out_channels=64, start_level=1, num_outs=3),
+    bbox_head=dict(
+        num_classes=13,
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        anchor_generator=dict(strides=[8, 16, 32]),
+    ),
+)

@@ -1,0 +1,277 @@
+"""A detector trained on a small set that is made on the spot: ``python -m visionattn.detection.demo``.
+
+Makes the set (:mod:`visionattn.detection.demo_data`), trains RetinaNet or Mask R-CNN with a small backbone through
+mmengine's Runner, evaluates with pycocotools and writes pictures with boxes. ``torchrun`` works too. The configs are
+ordinary ones (``configs/detection/demo``), which mmdet's own tools take as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["demo_config", "main", "run_demo"]
+
+CONFIGS = {
+    "retinanet": "demo/retinanet_test-mala_fpn_demo.py",
+    "mask-rcnn": "demo/mask-rcnn_test-mala_fpn_demo.py",
+}
+PICTURES = 12  # of the validation set, drawn at the end
+ENLARGED = 3  # they are small
+
+
+def configs_folder() -> Path:
+    """Where the detection configs are: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs" / "detection"
+    return installed if installed.is_dir() else package.parent / "configs" / "detection"
+
+
+def demo_config(
+    detector: str,
+    model: str,
+    data_root: Path,
+    work_dir: Path,
+    epochs: int | None = None,
+    distributed: bool = False,
+) -> Any:
+    """The demo's config for a detector and a backbone, an mmengine ``Config``.
+
+    Args:
+        detector: ``'retinanet'`` or ``'mask-rcnn'``.
+        model: a timm name, of the zoo or timm's own.
+        data_root: folder of the set.
+        work_dir: where logs and checkpoints go.
+        epochs: the config's where None.
+        distributed: one process of several.
+
+    Raises:
+        ValueError: for an unknown detector or model.
+    """
+    from mmengine.config import Config
+
+    if detector not in CONFIGS:
+        raise ValueError(f"unknown detector {detector!r}: one of {', '.join(CONFIGS)}")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs={epochs}: give at least one")
+    cfg = Config.fromfile(configs_folder() / CONFIGS[detector])
+    cfg.model.backbone.model = model
+    cfg.model.neck.in_channels = _channels(cfg.model.backbone)
+
+    root = str(data_root) + "/"
+    cfg.data_root = root
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = root
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = root + "annotations/val.json"
+    if epochs is not None:
+        cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+        cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
+    cfg.work_dir = str(work_dir)
+    if distributed:
+        cfg.launcher = "pytorch"
+    return cfg
+
+
+def _channels(backbone: Any) -> list[int]:
+    import torch
+    from mmdet.registry import MODELS
+
+    with torch.device("meta"):
+        return list(MODELS.build(backbone).out_channels)
+
+
+def _start(device: str | None) -> bool:
+    """Readies the device and, under ``torchrun``, the process group; returns whether there are several processes."""
+    import torch
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # mmengine takes a GPU wherever it sees one
+    from mmengine.device import get_device
+
+    found = get_device()
+    if device is not None and device != found:
+        raise ValueError(f"--device {device}: mmengine runs on {found} here; leave the flag out or give that")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    if found == "cpu" and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")  # mmengine's own start asks for a GPU
+    return True
+
+
+def run_demo(
+    detector: str = "retinanet",
+    model: str = "test_mala",
+    work_dir: str | os.PathLike = "runs/detection_demo",
+    epochs: int | None = None,
+    device: str | None = None,
+    quick: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Makes the set, trains, evaluates, draws.
+
+    Args:
+        detector: ``'retinanet'`` or ``'mask-rcnn'``.
+        model: a timm name, of the zoo or timm's own.
+        work_dir: gets the set (``data*``), and per detector and model a folder with mmengine's logs and checkpoints,
+            ``pictures.png`` and ``result.json``.
+        epochs: the config's where None.
+        device: ``'cpu'`` or ``'cuda'``; whatever is there where None.
+        quick: a few pictures and one epoch: whether it runs, not what it learns.
+        resume: goes on with the last checkpoint of an earlier run.
+
+    Returns:
+        what ``result.json`` holds: box (and mask) AP as fractions, seconds, the setting.
+
+    Raises:
+        ValueError: for an unknown detector, model or device.
+        FileExistsError: where an earlier run's checkpoints are and ``resume`` is False.
+    """
+    distributed = _start(device)
+    import visionattn.detection  # noqa: F401  before mmdet
+
+    from .demo_data import make_demo_set
+
+    work_dir = Path(work_dir)
+    run_dir = work_dir / f"{detector}_{model.replace('/', '_')}"
+    epochs = 1 if quick and epochs is None else epochs
+    numbers = dict(train=16, val=4) if quick else {}
+    data_root = work_dir / ("data_quick" if quick else "data")
+    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed)
+    if (run_dir / "last_checkpoint").exists() and not resume and os.environ.get("RANK", "0") == "0":
+        raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --work-dir starts anew")
+    make_demo_set(data_root, **numbers)
+    if quick:
+        _shorten(cfg)
+    cfg.resume = resume
+
+    from mmengine.runner import Runner
+
+    started = time.time()
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    metrics = _metrics(runner)
+    result = dict(
+        detector=detector,
+        model=model,
+        params=sum(p.numel() for p in _bare(runner.model).parameters()),
+        epochs=cfg.train_cfg.max_epochs,
+        seconds=round(time.time() - started, 1),
+        device=str(next(runner.model.parameters()).device.type),
+        **metrics,
+    )
+    if runner.rank == 0:
+        _draw(runner, run_dir / "pictures.png")
+        temporary = run_dir / "result.json.tmp"
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        temporary.replace(run_dir / "result.json")
+    return result
+
+
+def _shorten(cfg: Any) -> None:
+    cfg.train_dataloader.update(batch_size=4, num_workers=0, persistent_workers=False)
+    cfg.val_dataloader.update(num_workers=0, persistent_workers=False)
+    cfg.default_hooks.logger.interval = 1
+
+
+def _bare(model: Any) -> Any:
+    from mmengine.model import is_model_wrapper
+
+    return model.module if is_model_wrapper(model) else model
+
+
+def _metrics(runner: Any) -> dict[str, float]:
+    """Box and mask AP of the validation after the last epoch, or of one made now where that ran earlier."""
+    names = [f"coco/{kind}_mAP{at}" for kind in ("bbox", "segm") for at in ("", "_50")]
+    scalars = runner.message_hub.log_scalars
+    if f"val/{names[1]}" in scalars:
+        found = {name: scalars[f"val/{name}"].current() for name in names if f"val/{name}" in scalars}
+    else:
+        found = runner.val()
+    return {name.removeprefix("coco/"): float(found[name]) for name in names if name in found}
+
+
+def _draw(runner: Any, path: Path) -> None:
+    """A sheet of validation pictures: what is there, and below what was found."""
+    import numpy as np
+    import torch
+    from mmdet.registry import VISUALIZERS
+    from mmengine.dataset import pseudo_collate
+
+    dataset, model = runner.val_dataloader.dataset, _bare(runner.model).eval()
+    painter = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="visionattn_demo", alpha=0.5))
+    painter.dataset_meta = dataset.metainfo
+    columns = []
+    for i in range(min(PICTURES, len(dataset))):
+        item = dataset[i]
+        image = item["inputs"].permute(1, 2, 0).flip(-1).numpy()
+        with torch.no_grad():
+            sample = model.test_step(pseudo_collate([item]))[0].cpu().detach()
+        image = np.ascontiguousarray(image.repeat(ENLARGED, 0).repeat(ENLARGED, 1))
+        drawn = []
+        for instances, key in ((sample.gt_instances, "gt"), (sample.pred_instances, "pred")):
+            _enlarge(instances)
+            painter.add_datasample(key, image, sample, draw_gt=key == "gt", draw_pred=key == "pred", pred_score_thr=0.4)
+            drawn.append(painter.get_image())
+        columns.append(np.concatenate(drawn, 0))
+    _save_sheet(columns, path)
+
+
+def _enlarge(instances: Any) -> None:
+    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+    instances.bboxes = boxes * ENLARGED
+    if "masks" in instances:
+        masks = instances.masks if hasattr(instances.masks, "repeat") else instances.masks.to_tensor(bool, "cpu")
+        instances.masks = masks.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+
+
+def _save_sheet(columns: Sequence[Any], path: Path) -> None:
+    """Pictures side by side, six a row, into one file."""
+    import numpy as np
+    from PIL import Image
+
+    height, width = (max(c.shape[axis] for c in columns) + 6 for axis in (0, 1))
+    per_row = min(6, len(columns))
+    rows = -(-len(columns) // per_row)
+    sheet = np.full((rows * height, per_row * width, 3), 255, np.uint8)
+    for i, column in enumerate(columns):
+        top, left = i // per_row * height, i % per_row * width
+        sheet[top : top + column.shape[0], left : left + column.shape[1]] = column
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(sheet).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m visionattn.detection.demo", description=__doc__.partition("\n")[0].partition(":")[0]
+    )
+    parser.add_argument("--detector", default="retinanet", choices=list(CONFIGS))
+    parser.add_argument("--model", default="test_mala", help="a timm name, of the zoo or timm's own (%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="whatever is there where not given")
+    parser.add_argument("--epochs", type=int, help="the config's where not given")
+    parser.add_argument("--work-dir", default="runs/detection_demo", help="(%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few pictures, one epoch: whether it runs")
+    parser.add_argument("--resume", action="store_true", help="go on with the last checkpoint in the work folder")
+    args = parser.parse_args(argv)
+    try:
+        result = run_demo(**vars(args))
+    except (ValueError, FileExistsError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last epoch that was finished", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
