@@ -1,0 +1,147 @@
+"""Everything that needs a GPU, step by step within a time budget: tests first, then the figures that depend on them.
+
+    python benchmarks/gpu.py --show                          # the steps, their minutes on an H100, their commands
+    python benchmarks/gpu.py --minutes 9                     # as many as fit, in order
+    python benchmarks/gpu.py --steps moh-tests moh --pack DIR
+
+A step is a command of its own that anybody can run alone. Each gets twice its minutes, is ended then with what it
+started, and the next one goes on. ``summary.csv`` gets a row as soon as a step ends; steps with exit status 0 there are
+not run again, so the same command goes on where it stopped. ``log.txt`` has all output. ``--pack DIR`` also keeps a
+results.tar there, of the files in benchmarks/results that changed.
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PYTEST = "python -m pytest -m gpu -o addopts= -p no:warnings --tb=short -rf -n 8"
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    minutes: float  # expected, on an H100
+    command: str
+
+
+STEPS = [
+    # what 'auto' may take waits for these
+    Step("moh-tests", 2, f"{PYTEST} tests/ops/test_moh_gpu.py"),
+    Step("local-tests", 2, f"{PYTEST} tests/ops/test_local_gpu.py"),
+    Step("agent-inline-tests", 3, f"{PYTEST} tests/ops/test_agent_inline_gpu.py tests/models/test_hosts.py"),
+    Step("neighborhood-tests", 1.5, f"{PYTEST} tests/layers/test_neighborhood_gpu.py"),
+    Step("halo-graph-tests", 1.5, f"{PYTEST} tests/ops/test_halo_gpu.py tests/ops/test_graph_gpu.py"),
+    # operators
+    Step("aggregated", 3, "python benchmarks/aggregated.py"),
+    Step("local", 4, "python benchmarks/local_attention.py --quick"),
+    Step("moh-operator", 2, "python benchmarks/moh.py --parts operator"),
+    Step("graph", 1, "python benchmarks/graph.py"),
+    # networks
+    Step("moh-networks", 4, "python benchmarks/moh.py --parts vit dit"),
+    Step("backbones-train", 4, "python benchmarks/backbones.py --tasks train --rounds 3 --minutes 4"),
+    Step("backbones-compile", 6, "python benchmarks/backbones.py --modes compile --rounds 3 --minutes 6"),
+    Step("backbones-curves", 3, "python benchmarks/backbones.py --tasks infer --sizes 224 512 1024 --scale-batch "
+         "--minutes 3 --models agent_swin_tiny inline_swin_tiny inline_swin_tiny@global mala_tiny nat_tiny"),
+    Step("profile", 1.5, "python benchmarks/profile_model.py mala_tiny agent_swin_tiny inline_swin_tiny"),
+    Step("halo-compile", 3, "python benchmarks/halo.py --parts network --modes compile --models halo_h1 halo_h4"),
+    Step("train-loop", 3, "python benchmarks/train_loop.py"),
+    # diffusion
+    Step("flux-compile", 8, "python benchmarks/flux.py --compile --seconds 460"),
+    # training
+    Step("cluster", 2, "python -m visionattn.training.graph --config configs/graph/cluster.yaml --max-seconds 120"),
+]  # fmt: skip
+
+
+def run(step: Step, log, minutes: float) -> tuple[int | None, str]:
+    """Exit status (None: ended by time) and the last line that a step printed."""
+    command = [sys.executable if word == "python" else word for word in shlex.split(step.command)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    begin = log.tell()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        status = process.wait(timeout=minutes * 60)
+    except BaseException as stop:  # also on Ctrl-C nothing of the step stays behind
+        for sent in (signal.SIGINT, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sent)
+                process.wait(timeout=10)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        if not isinstance(stop, subprocess.TimeoutExpired):
+            raise
+        status = None
+    with open(log.name, errors="replace") as text:
+        text.seek(begin)
+        lines = text.read().split("\n")
+    return status, next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def pack(folder: Path, since: float) -> None:
+    """results.tar of what changed, under a temporary name first."""
+    part = folder / ".results.tar.part"
+    with tarfile.open(part, "w") as tar:
+        for path in sorted(RESULTS.iterdir()):
+            if path.is_file() and path.stat().st_mtime >= since:
+                tar.add(path, path.name)
+    part.replace(folder / "results.tar")
+
+
+def main() -> int:
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="STEP", help="these, in this order")
+    parser.add_argument("--minutes", type=float, default=600.0, help="no step runs longer than this in all")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder for log.txt and summary.csv")
+    parser.add_argument("--pack", type=Path, help="folder for results.tar")
+    parser.add_argument("--show", action="store_true", help="print the steps and stop")
+    args = parser.parse_args()
+    steps = {step.name: step for step in STEPS}
+    if args.show:
+        print("\n".join(f"{step.name:20}{step.minutes:5.1f} min  {step.command}" for step in STEPS))
+        return 0
+    began = time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.pack:
+        args.pack.mkdir(parents=True, exist_ok=True)
+    summary = args.out / "summary.csv"
+    done = set()
+    if summary.exists():
+        with summary.open(newline="") as file:
+            done = {row[0] for row in csv.reader(file) if row[1] == "0"}
+    failed = 0
+    with summary.open("a", newline="") as rows, (args.out / "log.txt").open("a") as log:
+        for name in args.steps:
+            left = args.minutes - (time.time() - began) / 60
+            if name in done or left < 0.5 * steps[name].minutes:
+                print(f"{name}: {'done before' if name in done else f'not begun, {max(left, 0):.1f} minutes are left'}")
+                continue
+            log.write(f"\n=== {name}: {steps[name].command}\n")
+            log.flush()
+            log.seek(0, os.SEEK_END)
+            start = time.time()
+            status, last = run(steps[name], log, min(left, 2 * steps[name].minutes))
+            seconds = f"{time.time() - start:.0f}"
+            csv.writer(rows).writerow([name, "time" if status is None else status, seconds, last])
+            rows.flush()
+            failed += status != 0
+            print(f"{name}: {'ended by time' if status is None else f'exit {status}'}, {seconds} s. {last}", flush=True)
+            if args.pack:
+                pack(args.pack, began)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
