@@ -14,6 +14,7 @@ import visionattn  # noqa: E402
 from visionattn.diffusion import Disk, Neighborhood, sparsify  # noqa: E402
 
 from . import tiny  # noqa: E402
+from .tiny import noise  # noqa: E402
 
 NAMES = list(tiny.CASES)
 
@@ -129,7 +130,7 @@ def test_prompts_of_different_lengths(name, models, monkeypatch):
     torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flux", "dit"])
+@pytest.mark.parametrize("name", ["flux", "dit", "moh_dit"])
 def test_a_copy_carries_no_patch(name, models, tmp_path):
     case, model = tiny.CASES[name], models[name]
     inputs = case.inputs(tiny.grid_of(case, name))
@@ -143,6 +144,27 @@ def test_a_copy_carries_no_patch(name, models, tmp_path):
     loaded = type(model).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(tiny.run(loaded, inputs), dense, rtol=1e-5, atol=1e-4)  # memory-mapped: other alignment
     assert not torch.allclose(sparse, dense, rtol=1e-3, atol=1e-2)
+
+
+def test_a_bare_moh_dit(models):
+    """Positional arguments ``(x, t, y)``, its own guidance, steps that stay dense; routed heads keep their gates."""
+    model = copy.deepcopy(models["moh_dit"].dit)
+    x, t, y = noise(2, 4, 12, 8), torch.full((2,), 500), torch.tensor([1, 2])
+    with torch.no_grad():
+        dense = model(x, t, y)
+        with sparsify(model, Disk(2), layers="blocks.0.attn", dense_until=600) as handle:
+            sparse = model(x, t, y)
+            row = handle.report().rows[0]
+            assert row["sparse"] == 1 and row["grid"] == (6, 4) and len(handle.report().rows) == 1
+            model.forward_with_cfg(x, t, y, 2.0)
+            assert handle.report().rows[0]["sparse"] == 2
+            late = model(x, t + 200, y)
+            assert handle.report().rows[0]["dense"] == 1
+            with pytest.raises(ValueError, match="patched already"):
+                sparsify(model, Disk(3), layers="blocks.0.attn")
+        assert torch.equal(model(x, t + 200, y), late) and torch.equal(model(x, t, y), dense)
+    assert not torch.allclose(sparse, dense, atol=1e-2)
+    assert all("attend" not in vars(block.attn) for block in model.blocks)
 
 
 def test_dense_steps_follow_the_timestep(models):
@@ -195,7 +217,7 @@ def test_another_backend_set_later_becomes_the_dense_one(models):
         _AttentionBackendRegistry.set_active_backend(active)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "wan", "sd3", "moh_dit"])
 def test_compiled_blocks_stay_whole(name, models):
     case, model = tiny.CASES[name], copy.deepcopy(models[name])
     inputs = case.inputs(tiny.grid_of(case, name))

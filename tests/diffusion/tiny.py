@@ -161,6 +161,12 @@ def _dit_inputs(grid=(HEIGHT, HEIGHT), batch=1) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _moh_dit() -> torch.nn.Module:
+    from visionattn.models.dit_diffusers import MoHDiTTransformer2DModel
+
+    return MoHDiTTransformer2DModel("test_moh_dit", sample_size=12)
+
+
 def _pixart() -> torch.nn.Module:
     return diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=12,
@@ -219,6 +225,7 @@ CASES = {
     "wan": Case(_wan, _wan_inputs, ndim=3, text=0),
     "ltx": Case(_ltx, _ltx_inputs, ndim=3, text=0),
     "dit": Case(_dit, _dit_inputs, text=0),
+    "moh_dit": Case(_moh_dit, _dit_inputs, text=0),
     "pixart": Case(_pixart, _pixart_inputs, text=0),
     "sd3": Case(_sd3, _sd3_inputs, text_first=False),
     "cogvideox": Case(_cogvideox, _cogvideox_inputs, ndim=3),

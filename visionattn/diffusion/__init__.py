@@ -7,6 +7,7 @@ except ImportError as e:
 
 from visionattn.ops.local.patterns import Cross, Disk, Neighborhood
 
+from . import adapters_moh  # noqa: F401  registers itself
 from .adapters import Adapter, Site, register_adapter
 from .agent_sd_patch import agent_sd
 from .clear import load_clear, rope_factor, upscale_generate

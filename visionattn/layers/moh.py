@@ -238,5 +238,17 @@ class MoHAttention(HeadRouter):
         if bias is not None:
             bias = bias.expand(B, self.num_heads, N, N)
         dropout = self.attn_drop if self.training else 0.0
-        out = moh_attention(q, k, v, gates, self.scale, bias, dropout, self.backend, self.active)
+        out = self.attend(q, k, v, gates, bias, dropout)
         return self.proj_drop(self.proj(self.norm(out.flatten(2))))
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """(B, N, heads, D) from projected tokens and gates; :func:`visionattn.sparsify` replaces it on an instance."""
+        return moh_attention(q, k, v, gates, self.scale, bias, dropout, self.backend, self.active)

@@ -31,6 +31,7 @@ class MoHDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]  # what compile_repeated_blocks compiles
 
     @register_to_config
     def __init__(
