@@ -346,7 +346,7 @@ default_cfgs = generate_default_cfgs(
         "halo_h5.untrained": _cfg(input_size=(3, 448, 448), pool_size=(14, 14)),
         "halo_h6.untrained": _cfg(input_size=(3, 512, 512), pool_size=(16, 16)),
         "halo_h7.untrained": _cfg(input_size=(3, 600, 600), pool_size=(19, 19)),
-        **digits_cfgs("test_halo", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
+        **digits_cfgs("test_halo", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 32),
     }
 )
 

@@ -15,9 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
     fast_layer_norm,
-    get_device_dtype,
     register_notrace_module,
     to_2tuple,
     trunc_normal_,
@@ -34,6 +32,7 @@ from visionattn._timm import (
 from visionattn.layers.mala import MALA, PointwiseConv, RotaryEmbedding
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._head import PooledClassifier
 from ._shipped import digits_cfgs
 
 __all__ = ["MAViT"]
@@ -178,7 +177,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class MAViT(nn.Module):
+class MAViT(PooledClassifier):
     """MAViT image classifier; any input size.
 
     Args:
@@ -225,7 +224,6 @@ class MAViT(nn.Module):
         for name, values in per_stage.items():
             if len(values) != len(depths):
                 raise ValueError(f"MAViT: {name}={values} and depths={depths} differ in length: give one a stage")
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = to_2tuple(img_size)
         self.drop_rate = drop_rate
@@ -253,8 +251,7 @@ class MAViT(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(projection, **dd)
         self.act: nn.Module = nn.SiLU()
         self.num_features = projection
-        self.global_pool, self.head = create_classifier(projection, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._make_classifier(num_classes, global_pool, dd)
         self.init_weights()
 
     @torch.jit.ignore
@@ -280,20 +277,6 @@ class MAViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.layers:
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
@@ -345,15 +328,12 @@ class MAViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
         # the projection never feeds an intermediate, so it goes with the head, the norm or a truncation
         prune_end = prune_norm or prune_head or max_index < len(self.layers) - 1
-        self.layers = self.layers[: max_index + 1]
-        self.feature_info = self.feature_info[: max_index + 1]
+        self._keep_stages("layers", max_index + 1, classifier=not prune_end)
         norms = [norm if i in take_indices else nn.Identity() for i, norm in enumerate(self.extra_norms)]
         self.extra_norms = nn.ModuleList(norms[: max_index + 1])
         if prune_end:
             self.layers[-1].downsample = nn.Identity()
             self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-            self.reset_classifier(0, "")
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -361,15 +341,6 @@ class MAViT(nn.Module):
         for stage in self.layers:
             x = stage.downsample(stage(x))
         return self._project(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -416,7 +387,7 @@ default_cfgs = generate_default_cfgs(
         "mala_small.untrained": _cfg(),
         "mala_base.untrained": _cfg(),
         "mala_large.untrained": _cfg(),
-        **digits_cfgs("test_mala", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
+        **digits_cfgs("test_mala", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 32),
     }
 )
 

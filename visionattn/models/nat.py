@@ -17,7 +17,6 @@ from timm.layers import (
     LayerType,
     Mlp,
     calculate_drop_path_rates,
-    create_classifier,
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
@@ -35,6 +34,7 @@ from visionattn.layers.nat import ConvDownsampler, ConvTokenizer, PatchMerging, 
 from visionattn.layers.neighborhood import NeighborhoodAttention
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._head import PooledClassifier
 from ._shipped import digits_cfgs
 
 __all__ = ["NAT"]
@@ -114,7 +114,7 @@ class NATLevel(nn.Module):
         return x
 
 
-class NAT(nn.Module):
+class NAT(PooledClassifier):
     """NAT or DiNAT image classifier; any input size.
 
     Args:
@@ -167,7 +167,6 @@ class NAT(nn.Module):
         dilations = dilations or tuple((1,) * depth for depth in depths)
         _check_arguments(embed_dim, depths, num_heads, kernel_size, dilations)
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.out_norm = out_norm
@@ -195,8 +194,7 @@ class NAT(nn.Module):
 
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.norm = norm_layer(self.num_features, **dd)
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._make_classifier(num_classes, global_pool, dd)
         self.init_weights()
 
     @torch.jit.ignore
@@ -237,20 +235,6 @@ class NAT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for level in self.levels:
             level.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
 
     @torch.jit.ignore
     def set_out_norm(self) -> None:
@@ -308,8 +292,7 @@ class NAT(nn.Module):
         """Removes what the chosen stages do not need; returns their indices. Norms of features stay."""
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         cut = max_index < len(self.levels) - 1
-        self.levels = self.levels[: max_index + 1]
-        self.feature_info = self.feature_info[: max_index + 1]
+        self._keep_stages("levels", max_index + 1, classifier=not (cut or prune_head))
         for i, level in enumerate(self.levels):
             if i not in take_indices:
                 level.out_norm = nn.Identity()
@@ -317,9 +300,6 @@ class NAT(nn.Module):
             self.norm, self.levels[-1].out_norm = self.levels[-1].out_norm, nn.Identity()
         elif cut or (prune_norm and not self.out_norm):
             self.norm = nn.Identity()
-        if cut or prune_head:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-            self.reset_classifier(0, "")
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -327,15 +307,6 @@ class NAT(nn.Module):
         for level in self.levels:
             x = level(x)
         return self.norm(x).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _check_arguments(embed_dim, depths, num_heads, kernel_size, dilations) -> None:

@@ -10,13 +10,10 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
-    create_classifier,
-    get_device_dtype,
     to_2tuple,
     trunc_normal_,
 )
@@ -39,6 +36,7 @@ from visionattn.layers.transnext import (
 )
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._head import PooledClassifier
 from ._shipped import digits_cfgs
 
 __all__ = ["TransNeXt"]
@@ -81,7 +79,7 @@ class Stage(nn.Module):
         return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
 
 
-class TransNeXt(nn.Module):
+class TransNeXt(PooledClassifier):
     """TransNeXt image classifier, with routed heads where ``shared_heads`` and ``routed_heads`` say; any input size.
 
     Args:
@@ -137,7 +135,6 @@ class TransNeXt(nn.Module):
         for name, values in per_stage.items():
             if len(values) != len(depths):
                 raise ValueError(f"TransNeXt: {name}={values} and depths={depths} differ in length: give one a stage")
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = to_2tuple(img_size)
         self.drop_rate = drop_rate
@@ -169,8 +166,7 @@ class TransNeXt(nn.Module):
             chans = dim
 
         self.num_features = chans
-        self.global_pool, self.head = create_classifier(chans, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._make_classifier(num_classes, global_pool, dd)
         set_aux_weights(self, aux_coefficient)
         self.init_weights()
 
@@ -214,20 +210,6 @@ class TransNeXt(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
             stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
@@ -274,26 +256,13 @@ class TransNeXt(nn.Module):
         """Removes what the chosen stages do not need; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         cut = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.feature_info = self.feature_info[: max_index + 1]
-        if cut or prune_head:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-            self.reset_classifier(0, "")
+        self._keep_stages("stages", max_index + 1, classifier=not (cut or prune_head))
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.stages:
             x = stage(x)
         return x
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
-        if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -343,7 +312,7 @@ default_cfgs = generate_default_cfgs(
         "moh_vit_small_75.untrained": _cfg(**_MOH),
         "moh_vit_base_75.untrained": _cfg(**_MOH),
         "moh_vit_base_50.untrained": _cfg(**_MOH),
-        **digits_cfgs("test_moh_vit", _cfg(**_MOH, input_size=(3, 96, 96), pool_size=(3, 3)), 64, takes_size=True),
+        **digits_cfgs("test_moh_vit", _cfg(**_MOH, input_size=(3, 96, 96), pool_size=(3, 3)), 32, takes_size=True),
     }
 )
 
