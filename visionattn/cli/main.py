@@ -9,9 +9,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from . import doctor, models, weights
+from . import bench, doctor, models, weights
 
-GROUPS = (models, weights, doctor)
+GROUPS = (models, weights, doctor, bench)
 
 
 class Parser(argparse.ArgumentParser):
