@@ -54,7 +54,8 @@ def attention_maps(
             the map's place. So the memory of one map is enough.
 
     Returns:
-        :class:`AttentionMaps`: a list of :class:`AttentionMap` in the order of the calls; names are indices too.
+        :class:`AttentionMaps`: a list of :class:`AttentionMap` in the order of the calls; names are indices too. Its
+        ``missed`` names modules that ran a softmax whose product with values was not recognised: no map is theirs.
 
     Raises:
         ValueError: where no attention is found, no layer matches, queries are not there, or maps exceed the limit.
@@ -75,6 +76,7 @@ def attention_maps(
     settings = _Settings(heads, queries, values, limit_mib * 2**20, each)
     recorder = _Recorder(model, x, dtype, settings, None if layers is None else lambda *a: _matches(chosen, *a))
     found = recorder.run()
+    found.missed = recorder.missed
     if not found:
         if not recorder.names:
             raise ValueError(f"attention_maps: no attention was seen in {type(model).__name__}")
@@ -130,6 +132,7 @@ class _Frame:
     module: nn.Module
     placement: Placement | None
     explained: bool  # it, or a module around it, has an explainer of its own
+    softmaxes: int = 0
     products: list[Product] = field(default_factory=list)
 
 
@@ -150,6 +153,7 @@ class _Recorder(TorchFunctionMode):
         self.paused = False
         self.names: list[str] = []
         self.kept = 0
+        self.missed: list[str] = []
         self.results: list = [] if settings is None else AttentionMaps()
 
     def run(self) -> list:
@@ -182,6 +186,7 @@ class _Recorder(TorchFunctionMode):
                 axis = args[1] if len(args) > 1 else kwargs.get("dim")
                 if axis in (-1, out.ndim - 1):
                     self.weights[out.data_ptr()] = out
+                    self.stack[-1].softmaxes += 1
             elif name in ("matmul", "bmm") and len(args) > 1:
                 self._product(args[0], args[1])
         return out
@@ -216,6 +221,8 @@ class _Recorder(TorchFunctionMode):
             self.weights = {}
         explain = explainer_of(module)
         if explain is None and (frame.explained or not frame.products):
+            if frame.softmaxes and not frame.explained:
+                self.missed.append(frame.name)
             return
         self.paused = True
         try:

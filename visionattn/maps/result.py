@@ -1,7 +1,7 @@
 """What :func:`visionattn.attention_maps` returns."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -221,7 +221,12 @@ def cover(fine: int, coarse: int, like: torch.Tensor) -> torch.Tensor:
 
 class AttentionMaps(list):
     """The maps in the order of their layers' calls; a name is an index too, and ``keys``, ``values``, ``items`` work as
-    a dict's."""
+    a dict's.
+
+    ``missed`` names modules that ran a softmax whose product was not recognised (talking heads mix weights after it).
+    """
+
+    missed: Sequence[str] = ()
 
     def __getitem__(self, key):
         if not isinstance(key, str):

@@ -34,57 +34,80 @@ def softmax_rows(q: torch.Tensor, k: torch.Tensor, scale: float, bias: torch.Ten
 
 
 def explain_product(product: Product, dtype: torch.dtype) -> Explanation:
-    """A product that was seen, as an explanation whose sequences are not placed yet: ``'tokens'``."""
-    v = product.values.to(dtype)
+    """A product that was seen, as an explanation whose sequences are not placed yet: ``'tokens'``.
+
+    (B, heads, N, D) is what it says; three axes have no heads; of more axes nothing is known, all lead as one batch.
+    """
+    v = _four(product.values).to(dtype)
     if product.weights is not None:
         weights = _four(product.weights)
-        v = _four(v)
         return _tokens(lambda i: weights[:, :, i].to(dtype), weights.shape, v)
-    q, k, v = _four(product.q).to(dtype), _four(product.k).to(dtype), _four(v)
+    q, k, bias = _four(product.q).to(dtype), _four(product.k).to(dtype), product.mask
     if k.shape[1] != q.shape[1]:  # grouped heads
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    bias = product.mask
     if product.causal:
         bias = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape, dtype=dtype, device=q.device).masked_fill(~bias, float("-inf"))
+        if product.q.ndim != 4:
+            bias = _four(bias.expand(*product.q.shape[:-1], k.shape[-2]))
         bias = bias.to(dtype)
-        bias = bias.flatten(0, -4) if bias.ndim > 4 else bias
-        bias = bias.unsqueeze(1) if bias.ndim == 3 and product.q.ndim == 3 else bias
     scale = q.shape[-1] ** -0.5 if product.scale is None else product.scale
     return _tokens(softmax_rows(q, k, scale, bias), (*q.shape[:3], k.shape[2]), v)
 
 
 def _four(t: torch.Tensor) -> torch.Tensor:
-    """(..., heads, N, D) to (B, heads, N, D); without heads to one head."""
-    return t.unsqueeze(1) if t.ndim == 3 else t.flatten(0, -4)
+    return t if t.ndim == 4 else t.flatten(0, -3).unsqueeze(1)
 
 
 def _tokens(rows, shape, values: torch.Tensor) -> Explanation:
     batch, heads, n, m = shape
-    return Explanation("softmax", rows, heads, batch, (Segment("tokens", (n,)),), (Segment("tokens", (m,)),), values)
+    queries, keys = (Segment("tokens", (n,)),), (Segment("tokens", (m,)),)
+    return Explanation("softmax", rows, heads, batch, queries, keys, values)
 
 
 def explain_softmax(product: Product, call: Call) -> Explanation:
     """A product in a module without an explainer (timm's): windows are placed, else a grid is found that fits."""
     found = explain_product(product, call.dtype)
+    n, m = found.queries[0].size, found.keys[0].size
     placement = call.placement
-    if placement is not None:
-        count, n = placement.index.shape
-        if found.queries[0].size == found.keys[0].size == n and found.batch % count == 0:
-            return place(found, placement)
-    if call.batch is not None and found.batch == call.batch:
-        queries = locate(found.queries[0].size, call)
-        keys = locate(found.keys[0].size, call)
-        if queries is not None or keys is not None:
-            return replace(found, queries=queries or found.queries, keys=keys or found.keys)
-    return found
+    if placement is not None and placement.index.shape[1] == n == m and found.batch % len(placement.index) == 0:
+        return place(found, placement)
+    if not _tokens_of(call) & {n, m}:
+        return found  # windows, channels: nothing says where
+    if found.heads == 1 and found.batch != call.batch and found.batch % call.batch == 0:
+        found = _split_heads(found, call.batch)
+    if found.batch != call.batch:
+        return found
+    queries, keys = locate(n, call), locate(m, call)
+    if keys is not None and m < n:
+        keys = tuple(Segment("pooled", s.shape) if s.name == "grid" else s for s in keys)
+    return replace(found, queries=queries or found.queries, keys=keys or found.keys)
+
+
+def _split_heads(found: Explanation, batch: int) -> Explanation:
+    """Heads that lie in the batch, as three axes have them."""
+    heads = found.batch // batch
+
+    def rows(i: torch.Tensor) -> torch.Tensor:
+        return found.rows(i).squeeze(1).unflatten(0, (batch, heads))
+
+    values = found.values.squeeze(1).unflatten(0, (batch, heads))
+    return replace(found, rows=rows, heads=heads, batch=batch, values=values)
+
+
+def _tokens_of(call: Call) -> set[int]:
+    """Numbers of tokens that the layer's input may have: (B, N, C), or a map with its channels first or last."""
+    x = call.args[0] if call.args and isinstance(call.args[0], torch.Tensor) else None
+    if x is None or x.ndim not in (3, 4) or x.shape[0] != call.batch:
+        return set()
+    return {x.shape[1]} if x.ndim == 3 else {x.shape[2] * x.shape[3], x.shape[1] * x.shape[2]}
 
 
 def locate(n: int, call: Call) -> tuple[Segment, ...] | None:
     """Segments of n tokens, from the layer's input if that is a map, else from the image and a whole stride; None where
-    nothing fits, or where the layer attends to something else (channels)."""
+    nothing fits."""
     x = call.args[0] if call.args and isinstance(call.args[0], torch.Tensor) else None
     if x is not None and x.ndim == 4:
         for H, W in ((x.shape[2], x.shape[3]), (x.shape[1], x.shape[2])):
@@ -92,7 +115,7 @@ def locate(n: int, call: Call) -> tuple[Segment, ...] | None:
                 return (Segment("grid", (H, W)),)
     if n == 1:
         return (Segment("token", (1,)),)
-    if call.image is None or x is None or (x.ndim == 3 and n > x.shape[1]):
+    if call.image is None:
         return None
     for prefix in dict.fromkeys((call.prefix, 0, 1)):
         for stride in range(1, max(call.image) + 1):
