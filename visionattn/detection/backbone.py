@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pyramid import SimpleFeaturePyramid
 from .registry import MODELS
-from .traits import Traits, last_layer_of, layer_groups, takes_argument, traits_of
+from .traits import Layers, Traits, layers_of, takes_argument, traits_of
 from .weights import load_donor, read, source_of
 
 __all__ = ["Backbone"]
@@ -210,22 +211,24 @@ class Backbone(BaseModule):
 
     # training
 
+    @functools.cached_property
+    def _layers(self) -> Layers:
+        return layers_of(self.model, self.model_args)
+
     def layer_ids(self) -> tuple[dict[str, int], int]:
         """Parameters by depth (timm's ``group_matcher``): names here to layers 0, 1 ..., and the number of layers.
 
-        The last layer is that of the classifier in timm's own layer decay: final norms, and what the adapter adds.
+        The last layer is the classifier's in timm's own layer decay; what the adapter adds belongs to it.
         """
-        layers, _, count = layer_groups(self.model, self.model_args)
-        layers = {_flat(name): layer for name, layer in layers.items()}
-        ids = {name: layers.get(_flat(_bare(name)), count - 1) for name, _ in self.named_parameters()}
-        return ids, count
+        layers = {_flat(name): layer for name, layer in self._layers.of.items()}
+        last = self._layers.count - 1
+        return {name: layers.get(_flat(_bare(name)), last) for name, _ in self.named_parameters()}, last + 1
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the model wants no weight decay for."""
-        _, patterns, _ = layer_groups(self.model, self.model_args)
-        flat = [_flat(pattern) for pattern in patterns]
+        patterns = [_flat(pattern) for pattern in self._layers.no_weight_decay]
         names = [name for name, _ in self.named_parameters()]
-        return {n for n in names if any(fnmatch.fnmatchcase(_flat(_bare(n)), pattern) for pattern in flat)}
+        return {n for n in names if any(fnmatch.fnmatchcase(_flat(_bare(n)), pattern) for pattern in patterns)}
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -234,12 +237,12 @@ class Backbone(BaseModule):
             raise ValueError(
                 f"frozen_stages={self.frozen_stages}: {self.arch} has {len(self.stages)} stages; -1 freezes nothing"
             )
-        ids, count = self.layer_ids()
-        deepest = 0
-        for stage in self.stages[: self.frozen_stages]:
-            deepest = max(deepest, last_layer_of(self.model, self.model_args, stage))
+        # the classifier's own parameters: norms of the outputs are new, and stay free
+        layers = layers_of(self.model, {k: v for k, v in self.model_args.items() if k != "out_norm"})
+        deepest = max((layers.last_in(stage) for stage in self.stages[: self.frozen_stages]), default=0)
+        frozen = {_flat(name) for name, layer in layers.of.items() if layer <= deepest}
         for name, parameter in self.named_parameters():
-            if name.startswith("net.") and ids[name] <= min(deepest, count - 2):
+            if name.startswith("net.") and _flat(_bare(name)) in frozen:
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Backbone":

@@ -18,7 +18,7 @@ from visionattn.layers.residual import Residual
 
 from .registry import MODELS
 
-__all__ = ["ELAYOLOX", "ELADilatedEncoder", "ELAYOLOXPAFPN", "mmdet_names_of_yolof_encoder", "mmdet_names_of_yolox"]
+__all__ = ["ELAYOLOX", "ELAYOLOXPAFPN", "ELADilatedEncoder", "mmdet_names_of_yolof_encoder", "mmdet_names_of_yolox"]
 
 
 @MODELS.register_module()

@@ -11,9 +11,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import group_parameters, model_entrypoint
+from timm.optim import auto_group_layers
 from torch import nn
 
-__all__ = ["Traits", "layer_groups", "traits_of"]
+__all__ = ["Layers", "Traits", "layers_in", "layers_of", "traits_of"]
 
 # arguments by which timm's models take any image size; the first set that a model's constructor accepts is used
 DYNAMIC = (
@@ -174,37 +175,45 @@ def map_size(y: torch.Tensor, channels: int) -> tuple[int, int] | None:
     return tuple(y.shape[2:] if y.shape[1] == channels else y.shape[1:3])
 
 
-def layer_groups(name: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, int], set[str], int]:
+@dataclass(frozen=True)
+class Layers:
     """A classifier's parameters by depth, as timm's layer decay has them.
 
-    Returns:
-        the layer of every parameter (the stem's is 0; the classifier's, with final norms, the last), the names that the
-        model wants no weight decay for, and the number of layers.
+    Attributes:
+        of: parameter names to layers; the stem's is 0, the classifier's the last (final norms belong to the last block).
+        count: number of layers.
+        no_weight_decay: names, or patterns, that the model wants no weight decay for.
+        modules: names of all modules, in the order of their definition.
     """
-    full = create_on_meta(name, **{**kwargs, "num_classes": 1})
-    if hasattr(full, "group_matcher"):
-        layers = group_parameters(full, full.group_matcher(coarse=False), reverse=True)
+
+    of: dict[str, int]
+    count: int
+    no_weight_decay: set[str]
+    modules: list[str]
+
+    def last_in(self, module: str) -> int:
+        """The deepest layer in a module; what is defined before it where it has no parameters."""
+        own = [layer for name, layer in self.of.items() if name.startswith(f"{module}.")]
+        if own:
+            return max(own)
+        before = set(self.modules[: self.modules.index(module)]) if module in self.modules else set()
+        return max((layer for name, layer in self.of.items() if name.rpartition(".")[0] in before), default=0)
+
+
+def layers_of(name: str, kwargs: Mapping[str, Any]) -> Layers:
+    """The layers of ``timm.create_model(name, **kwargs)``, by its ``group_matcher``, or timm's guess without one."""
+    return layers_in(create_on_meta(name, **{**kwargs, "num_classes": 1}))
+
+
+def layers_in(model: nn.Module) -> Layers:
+    """The layers of a model of timm's; where it has no classifier, one more is counted for what stands behind it."""
+    if hasattr(model, "group_matcher"):
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     else:
-        from timm.optim._param_groups import auto_group_layers
-
-        layers = auto_group_layers(full)
-    no_decay = set(full.no_weight_decay()) if hasattr(full, "no_weight_decay") else set()
-    return layers, no_decay, max(layers.values()) + 1
-
-
-def last_layer_of(name: str, kwargs: Mapping[str, Any], module: str) -> int:
-    """The deepest layer (:func:`layer_groups`) in a module of the model; what stands before it where it has none."""
-    layers, _, _ = layer_groups(name, kwargs)
-    own = [layer for n, layer in layers.items() if n.startswith(f"{module}.")]
-    if own:
-        return max(own)
-    full = create_on_meta(name, **{**kwargs, "num_classes": 1})
-    before: list[int] = []
-    for n, _ in full.named_modules():
-        if n == module:
-            break
-        before += [layers[p] for p in layers if p.rpartition(".")[0] == n]
-    return max(before, default=0)
+        layers = auto_group_layers(model)
+    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    count = max(layers.values(), default=0) + (1 if getattr(model, "num_classes", 1) else 2)
+    return Layers(layers, count, no_decay, [n for n, _ in model.named_modules()])
 
 
 def takes_argument(arch: str, kwargs: Mapping[str, Any], **argument: Any) -> bool:
