@@ -9,16 +9,16 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from . import bench, doctor, models, weights
+from . import bench, doctor, maps, models, predict, weights
 
-GROUPS = (models, weights, doctor, bench)
+GROUPS = (models, weights, doctor, bench, predict, maps)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with an error that is one line and names the nearest command."""
 
     def error(self, message: str) -> None:
-        if "invalid choice" in message:
+        if "invalid choice" in message and not message.startswith("argument -"):
             given = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
             near = get_close_matches(given, COMMANDS, n=1)
             message = f"no command {given!r}: " + (
