@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Complexity", "detector_complexity"]
 
@@ -32,9 +37,29 @@ class Complexity:
     params: int
     macs: int
 
+    def __add__(self, other: Complexity) -> Complexity:
+        return Complexity(self.params + other.params, self.macs + other.macs)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out random initialisation, which on the meta device costs time and does nothing."""
+
+    NAMES = frozenset(("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "trunc_normal_"))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _NoBackbone(nn.Module):
+    """Takes a backbone's place in a detector whose backbone is counted apart."""
+
 
 def detector_complexity(config: Any, size: tuple[int, int] = (1280, 800)) -> Complexity:
     """Counts a detector as the papers do: at 1280 x 800, box heads with 1000 regions, mask heads with 100.
+
+    A backbone that several configs share is counted once in a process.
 
     Args:
         config: an mmengine ``Config``, or the path of one.
@@ -44,43 +69,65 @@ def detector_complexity(config: Any, size: tuple[int, int] = (1280, 800)) -> Com
         ImportError: without mmdet (extra ``detection``).
         ValueError: for a detector that has neither a ``bbox_head`` nor a ``roi_head``.
     """
-    from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import visionattn.detection  # noqa: F401  registers the backbone; supplies mmcv's operators where they are missing
 
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(cfg.get("default_scope", "mmdet"))
-    with torch.device("meta"):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    model = model.to("meta")
+    parts = copy.deepcopy(cfg.model)
+    backbone = parts.backbone.to_dict()
+    backbone.pop("init_cfg", None)
+    if str(backbone["type"]).startswith("visionattn."):
+        backbone["drop_path_rate"] = 0.0  # changes no count
+    counted, shapes = _backbone(json.dumps(backbone, sort_keys=True), size)
+
+    parts.backbone = dict(type=_NoBackbone)
+    model = _build(parts)
     if not (hasattr(model, "bbox_head") or hasattr(model, "roi_head")):
         raise ValueError(f"{type(model).__name__} has neither bbox_head nor roi_head: it cannot be counted")
-    params = sum(p.numel() for p in model.parameters())
+    maps = tuple(torch.empty(shape, device="meta") for shape in shapes)
+    return counted + _count(model, lambda: _forward(model, maps))
+
+
+@functools.lru_cache(maxsize=64)
+def _backbone(text: str, size: tuple[int, int]) -> tuple[Complexity, tuple[torch.Size, ...]]:
+    """Counts of the backbone with the config ``text`` (JSON), and the shapes of its maps."""
+    net = _build(json.loads(text))
+    image = torch.empty(1, 3, size[1], size[0], device="meta")
+    shapes: list[torch.Size] = []
+    counted = _count(net, lambda: shapes.extend(y.shape for y in net(image)))
+    return counted, tuple(shapes)
+
+
+def _build(cfg: Any) -> nn.Module:
+    from mmdet.registry import MODELS
+    from mmengine.model import revert_sync_batchnorm
+
+    with torch.device("meta"), _NoInit():
+        return revert_sync_batchnorm(MODELS.build(cfg)).eval().to("meta")
+
+
+def _count(model: nn.Module, forward: Any) -> Complexity:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _forward(model, torch.empty(1, 3, size[1], size[0], device="meta"))
-    return Complexity(params, counter.get_total_flops() // 2)
+        forward()
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
-def _forward(model: nn.Module, image: torch.Tensor) -> None:
-    maps = model.extract_feat(image)
+def _forward(model: nn.Module, maps: tuple[torch.Tensor, ...]) -> None:
+    if getattr(model, "neck", None) is not None:
+        maps = model.neck(maps)
     if hasattr(model, "bbox_head"):
         model.bbox_head(maps)
         return
     if hasattr(model, "rpn_head"):
         model.rpn_head(maps)
     head = model.roi_head
+    channels = maps[0].shape[1]
     for box_head in _list(head.bbox_head):
-        side = box_head.roi_feat_size
-        box_head(maps[0].new_empty(PROPOSALS, maps[0].shape[1], *side))
+        box_head(maps[0].new_empty(PROPOSALS, channels, *box_head.roi_feat_size))
     if head.with_mask:
-        extractors = head.mask_roi_extractor
-        for mask_head, extractor in zip(_list(head.mask_head), _list(extractors), strict=False):
-            side = extractor.roi_layers[0].output_size
-            mask_head(maps[0].new_empty(MASKS, maps[0].shape[1], *side))
+        for mask_head, extractor in zip(_list(head.mask_head), _list(head.mask_roi_extractor), strict=True):
+            mask_head(maps[0].new_empty(MASKS, channels, *extractor.roi_layers[0].output_size))
 
 
 def _list(module: nn.Module) -> Sequence[nn.Module]:
