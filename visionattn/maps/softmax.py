@@ -111,7 +111,7 @@ def locate(n: int, call: Call) -> tuple[Segment, ...] | None:
     x = call.args[0] if call.args and isinstance(call.args[0], torch.Tensor) else None
     if x is not None and x.ndim == 4:
         for H, W in ((x.shape[2], x.shape[3]), (x.shape[1], x.shape[2])):
-            if n == H * W:
+            if n == H * W and min(H, W) > 1:
                 return (Segment("grid", (H, W)),)
     if n == 1:
         return (Segment("token", (1,)),)

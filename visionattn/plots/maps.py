@@ -17,14 +17,14 @@ def overlay(axis: Any, image: np.ndarray, heat: np.ndarray, signed: bool = False
     Args:
         axis: of matplotlib.
         image: (H, W, 3) in [0, 1].
-        heat: (h, w), stretched over the image; the largest value is the brightest.
+        heat: (h, w), stretched over the image; colours go from its smallest value to its largest.
         signed: blue below zero, red above, white at zero.
     """
     side = (0, image.shape[1], image.shape[0], 0)
     grey = image.mean(axis=2)
     axis.imshow(grey, extent=side, cmap="gray", vmin=0, vmax=1)
     bound = float(np.abs(heat).max()) or 1.0
-    colours = dict(cmap="RdBu_r", vmin=-bound, vmax=bound) if signed else dict(cmap="inferno", vmin=0, vmax=bound)
+    colours = dict(cmap="RdBu_r", vmin=-bound, vmax=bound) if signed else dict(cmap="inferno")
     axis.imshow(heat, extent=side, alpha=alpha, interpolation="nearest", **colours)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -62,7 +62,7 @@ def maps_figure(
     axes[0].set_yticks([])
     for axis, (label, heat, signed) in zip(axes[1:], panels, strict=True):
         overlay(axis, image, heat, signed)
-        axis.set_title(label, fontsize=7)
+        axis.set_title(f"{label}\n{heat.min():.2g} to {heat.max():.2g}", fontsize=7)
     if point is not None:
         y, x = point[0] * image.shape[0], point[1] * image.shape[1]
         for axis in axes:
