@@ -21,7 +21,7 @@ def add_backend(function: Callable) -> AttentionBackendName:
     member._name_, member._value_ = name.upper(), name
     AttentionBackendName._value2member_map_[name] = member
     AttentionBackendName._member_map_[member._name_] = member
-    _AttentionBackendRegistry.register(member)(function)
+    _AttentionBackendRegistry.register(member, supports_context_parallel=True)(function)
     return member
 
 
@@ -33,6 +33,7 @@ def remove_backend(member: AttentionBackendName) -> None:
         _AttentionBackendRegistry._supported_arg_names,
     ):
         table.pop(member, None)
+    _AttentionBackendRegistry._supports_context_parallel.discard(member._value_)
     AttentionBackendName._value2member_map_.pop(member._value_, None)
     AttentionBackendName._member_map_.pop(member._name_, None)
 
@@ -42,6 +43,19 @@ def is_ours(backend: object) -> bool:
     return isinstance(backend, str) and str.__str__(backend).startswith(PREFIX)
 
 
-def dense(query, key, value, backend=None, **kwargs):
-    """What diffusers does without us: its dispatcher with ``backend``, its active one where None."""
-    return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
+def dense(query, key, value, backend=None, parallel_config=None, **kwargs):
+    """What diffusers does without us: its dispatcher with ``backend``, its active one where None.
+
+    Raises:
+        ValueError: under context parallelism with a backend that attends to one process's tokens only.
+    """
+    if parallel_config is not None:
+        registry = _AttentionBackendRegistry
+        name = registry.get_active_backend()[0] if backend is None else backend
+        name = name if isinstance(name, AttentionBackendName) else AttentionBackendName(name)
+        if not registry._is_context_parallel_available(name):
+            raise ValueError(
+                f"dense calls run on diffusers' backend {name.value!r}, which has no context parallelism: set one of "
+                f"{', '.join(sorted(b for b in registry._supports_context_parallel if not b.startswith(PREFIX)))}"
+            )
+    return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config, **kwargs)

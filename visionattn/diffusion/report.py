@@ -70,6 +70,8 @@ def report(sessions: list, note: str | None = None) -> Report:
             )
         if session.dense_steps or session.dense_until is not None:
             notes.append(f"dense steps of the last generation: {session.dense_done}")
+        if session.spread:
+            notes.append(f"tokens spread over processes: {session.spread}")
         if session.problem:
             notes.append(f"the last call stayed dense: {session.problem}")
     return Report(rows, notes)

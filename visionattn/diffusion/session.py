@@ -11,7 +11,7 @@ from torch import nn
 from visionattn.ops.local import local_attention
 from visionattn.ops.local.patterns import Pattern
 
-from . import dispatch
+from . import dispatch, parallel
 from .adapters import Adapter, Site
 from .layout import GridError, Layout
 
@@ -51,7 +51,8 @@ class Layer:
         _parallel_config: Any = None,
     ) -> torch.Tensor:
         """Tensors (B, N, H, D), as diffusers' dispatcher passes them."""
-        reason = self._why_dense(query.shape[1], key.shape[1], attn_mask, dropout_p, is_causal, _parallel_config)
+        shards = parallel.shards_of(_parallel_config)
+        reason = self._why_dense(query.shape[1], key.shape[1], attn_mask, dropout_p, is_causal, shards)
         timed = self.session.timing and not torch.compiler.is_compiling()
         start = _now(query) if timed else 0.0
         if reason is not None:
@@ -59,9 +60,12 @@ class Layer:
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa, backend=self.previous, parallel_config=_parallel_config,
             )  # fmt: skip
+        elif shards is not None:
+            out = parallel.sparse(self, query, key, value, scale, shards)
         else:
             out = self.sparse(query, key, value, scale)
         if not torch.compiler.is_compiling():
+            self.session.spread = None if shards is None else str(shards)
             self._note(reason, _now(query) - start if timed else 0.0)
         return out
 
@@ -78,25 +82,23 @@ class Layer:
             self._note(reason)
         return reason is not None
 
-    def _why_dense(self, queries, keys, attn_mask, dropout_p, is_causal, parallel) -> str | None:
+    def _why_dense(self, queries, keys, attn_mask, dropout_p, is_causal, shards) -> str | None:
         session = self.session
         layout = session.layout
         if session.dense_now:
             return "dense step"
         if layout is None:
             return session.problem or "the grid is not known"
-        role = layout.role(queries, keys)
+        role = layout.role(queries, keys) if shards is None else parallel.role(layout, queries, keys, shards)
         if role is None:
             return f"{queries} queries and {keys} keys are not the grid's attention"
         if is_causal or dropout_p > 0.0:
             return "causal or with dropout"
-        if parallel is not None:
-            return "sequence parallelism splits the grid"
         if attn_mask is not None and not (layout.padded_text and role == "joint"):
             return "it has a mask that is not the text's padding"
         if self.pattern.dense(layout.grid):
             return "the pattern covers the whole grid"
-        return None
+        return None if shards is None else parallel.why_not(self.pattern, shards)
 
     def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
         """The layer's pattern on a call that :meth:`_why_dense` let through."""
@@ -183,6 +185,7 @@ class Session:
         self.layout: Layout | None = None
         self.text_lengths: torch.Tensor | None = None
         self.problem: str | None = None
+        self.spread: str | None = None  # how the last call's tokens lay over processes
         self.dense_now = False
         self.steps_seen = 0
         self.dense_done = 0
