@@ -32,40 +32,64 @@ class Site:
         if self.make_processor is not None:
             if hasattr(self.processor, "visionattn_original"):
                 raise ValueError(f"{self.name} is patched already: remove the other handle first")
-            new = self.make_processor(layer)
-            new.visionattn_original = self.processor
-            self.module.set_processor(new)
+            if not self._wrap(layer):
+                raise ValueError(
+                    f"{self.name} has a {type(self.processor).__name__}, which does more than the attention that a "
+                    "pattern stands in for: leave it out with layers=..., or set diffusers' own processor first"
+                )
             return
         if not hasattr(self.processor, "_attention_backend"):
             raise ValueError(
                 f"{self.name} has a {type(self.processor).__name__}, which diffusers' dispatcher does not serve: "
                 "leave it out with layers=..., or set diffusers' own processor first"
             )
-        layer.own = "_attention_backend" in vars(self.processor)
-        layer.previous = self.processor._attention_backend
-        if dispatch.is_ours(layer.previous):
+        if dispatch.is_ours(self.processor._attention_backend):
             raise ValueError(f"{self.name} is patched already: remove the other handle first")
         layer.member = dispatch.add_backend(layer.__call__)
-        self.processor._attention_backend = layer.member
+        layer.taken = []
+        self._take(layer)
+
+    def _take(self, layer: Any) -> None:
+        processor = self.processor
+        layer.previous = processor._attention_backend
+        layer.taken.append((processor, "_attention_backend" in vars(processor), layer.previous))
+        processor._attention_backend = layer.member
+
+    def _wrap(self, layer: Any) -> bool:
+        """Puts our processor in place of one that computes what ours can; False for another."""
+        new = self.make_processor(layer)
+        if type(self.processor).__name__ not in new.stands_for:
+            return False
+        new.visionattn_original = self.processor
+        self.module.set_processor(new)
+        return True
 
     def keep(self, layer: Any) -> None:
-        """Stays installed when someone sets another backend or processor; that one becomes the dense one."""
-        if self.make_processor is not None or self.processor._attention_backend is layer.member:
+        """Stays installed when someone sets another backend or processor; that one becomes the dense one.
+
+        A processor that ours can't stand in for (guidance by perturbed attention sets such ones) stays, unpatched.
+        """
+        if self.make_processor is not None:
+            if not hasattr(self.processor, "visionattn_original") and not self._wrap(layer):
+                layer.reason = f"a {type(self.processor).__name__} was set"
             return
-        layer.previous = self.processor._attention_backend
-        layer.own = "_attention_backend" in vars(self.processor)
-        self.processor._attention_backend = layer.member
+        if not hasattr(self.processor, "_attention_backend"):
+            layer.reason = f"a {type(self.processor).__name__} was set"
+        elif self.processor._attention_backend is not layer.member:
+            self._take(layer)
 
     def restore(self, layer: Any) -> None:
         if self.make_processor is not None:
             if getattr(self.processor, "visionattn_original", None) is not None:
                 self.module.set_processor(self.processor.visionattn_original)
             return
-        if self.processor._attention_backend is layer.member:
-            if layer.own:
-                self.processor._attention_backend = layer.previous
+        for processor, own, previous in reversed(layer.taken):  # processors that were replaced meanwhile, too
+            if processor._attention_backend is not layer.member:
+                continue
+            if own:
+                processor._attention_backend = previous
             else:
-                del self.processor._attention_backend
+                del processor._attention_backend
         dispatch.remove_backend(layer.member)
         layer.member = None
 

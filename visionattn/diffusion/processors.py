@@ -15,6 +15,7 @@ class Processor:
     """Base: chooses between the layer's pattern and the processor that was there."""
 
     visionattn_original: Any = None
+    stands_for: tuple[str, ...] = ()  # the classes of processors whose attention this one computes
 
     def __init__(self, layer: Any):
         self.layer = layer
@@ -34,7 +35,8 @@ class Processor:
         length = hidden_states.shape[1]
         if encoder_hidden_states is not None:
             length += encoder_hidden_states.shape[1]
-        if hidden_states.ndim != 3 or self.layer.stays_dense(length, attention_mask):
+        removed = self.layer.session._hook is None  # someone kept this processor, and set it again
+        if removed or hidden_states.ndim != 3 or self.layer.stays_dense(length, attention_mask):
             return self.visionattn_original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return self.sparse(attn, hidden_states, encoder_hidden_states, **kwargs)
 
@@ -72,6 +74,8 @@ _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_adde
 class SelfAttention(Processor):
     """DiT's and PixArt's ``attn1``."""
 
+    stands_for = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "FusedAttnProcessor2_0")
+
     def sparse(self, attn, hidden_states, encoder_hidden_states, **kwargs):
         q, k, v = _project(attn, hidden_states, *_OWN)
         out = _out(attn, self.layer.sparse(q, k, v, None).flatten(2).to(q.dtype))
@@ -82,6 +86,8 @@ class SelfAttention(Processor):
 
 class JointImageFirst(Processor):
     """Stable Diffusion 3's: [image | text], or the image alone in its second attention."""
+
+    stands_for = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FusedJointAttnProcessor2_0")
 
     def sparse(self, attn, hidden_states, encoder_hidden_states, **kwargs):
         q, k, v = _project(attn, hidden_states, *_OWN)
@@ -98,6 +104,8 @@ class JointImageFirst(Processor):
 
 class JointTextFirstRotary(Processor):
     """CogVideoX's: [text | video] through the same projections, a rotary embedding on the video."""
+
+    stands_for = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
 
     def sparse(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb=None, **kwargs):
         from diffusers.models.embeddings import apply_rotary_emb
