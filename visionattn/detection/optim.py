@@ -33,8 +33,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ``paramwise_cfg``:
 
     - ``decay_rate``: in (0, 1]; 1 leaves the weight-decay rules alone at work.
-    - ``custom_keys``: mmengine's, a part of a parameter's name to ``dict(lr_mult=..., decay_mult=...)``; the longest key
-      that fits is taken, and multiplies.
+    - ``custom_keys``: mmengine's, a part of a parameter's name to ``dict(lr_mult=..., decay_mult=...)``; the longest
+      key that fits is taken, and multiplies.
     - ``no_decay_1d``: False gives parameters of one axis the weight decay of all others.
 
     Raises:

@@ -116,7 +116,7 @@ def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
     net, accepted = None, {}
     for accepted in candidates:
         try:
-            net = create_on_meta(name, features_only=True, **accepted, **kwargs)
+            net = _features_on_meta(name, dict(accepted, **kwargs))
             break
         except TypeError as error:
             if accepted is candidates[-1]:
@@ -131,6 +131,13 @@ def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
     strides = {level["reduction"] for level in info}
     native = _native_size(net, kwargs)
     return Traits(arch, accepted, info, len(strides) == 1, _divisor(net, native, kwargs), native)
+
+
+def _features_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    try:
+        return create_on_meta(name, features_only=True, **kwargs)
+    except AssertionError:  # shallower than timm's three last blocks
+        return create_on_meta(name, features_only=True, out_indices=1, **kwargs)
 
 
 def _native_size(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -180,7 +187,7 @@ class Layers:
     """A classifier's parameters by depth, as timm's layer decay has them.
 
     Attributes:
-        of: parameter names to layers; the stem's is 0, the classifier's the last (final norms belong to the last block).
+        of: parameter names to layers; the stem's is 0, the classifier's the last. Final norms belong to the last block.
         count: number of layers.
         no_weight_decay: names, or patterns, that the model wants no weight decay for.
         modules: names of all modules, in the order of their definition.

@@ -103,7 +103,7 @@ def load_donor(name: str, build: Mapping[str, Any], overlay: Mapping[str, Any]) 
         raise CheckpointError(
             f"checkpoint {label} does not fit {arch} ({_first_line(error)}): choose the model that it was made for"
         ) from error
-    _check(loads, donor.pretrained_cfg, arch, label)
+    _check(loads, full.pretrained_cfg, arch, label)
     return donor
 
 
