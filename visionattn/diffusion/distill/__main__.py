@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, RunError):
             print(f"error: {e}", file=sys.stderr, flush=True)
         return e.status
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the first update
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def _build_cache(cfg: Config) -> int:

@@ -146,7 +146,7 @@ def _encoders(cfg: Config) -> Any:
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     try:
-        pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None, torch_dtype=getattr(torch, cfg.dtype))
+        pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None, dtype=getattr(torch, cfg.dtype))
         return pipe.to(device)
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         raise UserError(f"model={cfg.model}: no FLUX.1 pipeline can be loaded ({_line(e)}).") from None

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from visionattn.ops.local.patterns import Disk
+
 from . import parallel
 from .cache import Cache
 from .config import FREE, Config, RunError, UserError
@@ -49,6 +51,7 @@ class Distiller:
         self.device, self.dtype = self.world.device, getattr(torch, cfg.dtype)
         self.cache = Cache(cfg.cache)
         teacher = load_transformer(cfg) if transformer is None else transformer.to(self.dtype)
+        self._check_cache(teacher.config)
         self.pair = Pair(teacher, cfg)
         self._place()
         self.flow = Flow(teacher.config, self.cache.scaling, self.cache.shift, cfg.guidance, cfg.seed, self.device,
@@ -60,6 +63,26 @@ class Distiller:
         self.stop_requested = False
         self._losses: list[torch.Tensor] = []
         self._groups: list[list[nn.Parameter]] = [g["params"] for g in self.optimizer.param_groups]
+
+    def _check_cache(self, config: Any) -> None:
+        """Samples are the transformer's, and the pattern leaves something out on their grid. Raises UserError."""
+        sample, cfg = self.cache.sample(0), self.cfg
+        found = (
+            4 * sample["mean"].shape[0],
+            sample["prompt_embeds"].shape[-1],
+            sample["pooled_prompt_embeds"].shape[-1],
+        )
+        wanted = (config.in_channels, config.joint_attention_dim, config.pooled_projection_dim)
+        if found != wanted:
+            raise UserError(f"cache={cfg.cache} is not for this transformer: packed channels, text and pooled text of "
+                            f"{found}, it takes {wanted}.")  # fmt: skip
+        pattern, grid = Disk(cfg.radius, cfg.downsample), tuple(n // 2 for n in sample["mean"].shape[1:])
+        try:
+            pattern.check(grid)
+        except ValueError as e:
+            raise UserError(f"{e}: a grid position is two latents.") from None
+        if pattern.dense(grid):
+            raise UserError(f"radius={cfg.radius} covers the cache's whole grid of {grid}: take a smaller one.")
 
     def _place(self) -> None:
         if not self.cfg.fsdp:
@@ -184,9 +207,9 @@ class Distiller:
     def _after_update(self, run: Path | None, say: Callable[[str], None], sampler: Any) -> bool:
         """Progress, pictures and checkpoint where they are due. Returns whether to stop."""
         cfg = self.cfg
-        stop = self.step == cfg.stop_step or self._asked_to_stop()
         if self.step % cfg.log_interval == 0 or self.step == cfg.steps:
             self._progress(say)
+        stop = self.step == cfg.stop_step or self._asked_to_stop()
         if sampler and cfg.sample_interval and self.step % cfg.sample_interval == 0 and not stop:
             sampler(self)
         if stop or self.step % cfg.save_interval == 0 or self.step == cfg.steps:
@@ -277,7 +300,7 @@ class Distiller:
 
 def _write_history(path: Path, history: list[dict[str, float]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", *LOSSES])
+    writer = csv.DictWriter(text, ["step", *LOSSES], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     atomic_write(path, lambda f: f.write(text.getvalue().encode()))

@@ -25,7 +25,7 @@ def load_transformer(cfg: Config) -> nn.Module:
 
     try:
         model = FluxTransformer2DModel.from_pretrained(
-            cfg.model, subfolder="transformer", torch_dtype=getattr(torch, cfg.dtype)
+            cfg.model, subfolder="transformer", dtype=getattr(torch, cfg.dtype)
         )
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]

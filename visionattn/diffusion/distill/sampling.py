@@ -61,15 +61,14 @@ class Decoder:
         if not self.cache.about.get("pixels"):
             self.vae = self.vae or self._load()
             x = torch.cat([self.vae.decode(one[None].to(self.vae.dtype)).sample for one in x])
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def _load(self) -> Any:
         from diffusers import AutoencoderKL
 
         try:
-            vae = AutoencoderKL.from_pretrained(
-                self.cfg.model, subfolder="vae", torch_dtype=getattr(torch, self.cfg.dtype)
-            )
+            vae = AutoencoderKL.from_pretrained(self.cfg.model, subfolder="vae", dtype=getattr(torch, self.cfg.dtype))
         except (OSError, ValueError, RuntimeError) as e:
             reason = " ".join(str(e).split())[:200]
             raise UserError(
