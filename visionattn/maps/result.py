@@ -163,7 +163,7 @@ class AttentionMap:
         """How the rows lie on the keys' map: (B, heads, queries, H, W); a mask as (B, groups, 1, H, W).
 
         Weights of a pooled map are spread evenly over the places that each of its cells covers. What falls on prefix
-        tokens and beyond the image is left out, so these sums may be less than 1.
+        tokens and beyond the image is left out, so these sums may be less than 1; ``learned`` weights are too.
 
         Raises:
             ValueError: where the layer has no map.
@@ -172,7 +172,7 @@ class AttentionMap:
             if self.map.ndim != 4:
                 raise ValueError(f"{self.layer}: the gate's tokens lie on no known grid")
             return self.map.unsqueeze(2)
-        weights = self.map if self.learned is None else self.map + self.learned
+        weights = self.map
         place, pooled = find(self.keys, "grid"), find(self.keys, "pooled")
         if place is None and pooled is None:
             raise ValueError(
