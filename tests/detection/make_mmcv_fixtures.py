@@ -234,32 +234,37 @@ def record(folder: Path) -> None:
 
 
 def compare(folder: Path, seeds: int) -> None:
-    """Prints, for every operator and type, the largest difference relative to the largest value."""
+    """Prints, for every operator, the largest difference relative to the largest value of the tensor."""
     from visionattn.detection import ensure_mmcv_ops
 
     ensure_mmcv_ops()
     reference, host, ours = load(folder, "_ext"), load(folder, "_host"), importlib.import_module("mmcv._ext")
-    worst: dict[tuple, list] = {}
+    rows: dict[tuple, dict] = {}
     for seed in range(seeds):
         print(f"seed {seed + 1} of {seeds}", file=sys.stderr)
         for case in [c for cases in all_cases(reference, host, seed + 1, large=True).values() for c in cases]:
             theirs, mine = case.run(host if case.host else reference), case.run(ours)
+            row = rows.setdefault((case.operator, case.host), {"calls": 0})
+            row["calls"] += 1
             for name, expected in theirs.items():
-                kind = str(expected.dtype).removeprefix("torch.")
-                row = worst.setdefault((case.operator, name, kind, case.host), [0, 0.0])
-                row[0] += 1
-                if not expected.dtype.is_floating_point:
-                    row[1] += int(not torch.equal(mine[name], expected))
-                    continue
-                # softnms may take fewer or more boxes: then everything differs
-                same = mine[name].shape == expected.shape
-                gap = (mine[name] - expected).abs().max() / expected.abs().max() if same else float("inf")
-                row[1] = max(row[1], float(gap))
-    print("| operator | tensor | type | kernel compared with | calls | largest difference |\n|---|---|---|---|---|---|")
-    for (operator, name, kind, on_host), (calls, gap) in worst.items():
-        kernel = "CUDA, on the host" if on_host else "CPU"
-        difference = f"{gap:.1e}" if kind.startswith("float") else f"{gap} calls differ"
-        print(f"| `{operator}` | {name} | {kind} | {kernel} | {calls} | {difference} |")
+                kind, gap = difference(expected, mine[name])
+                row[kind] = max(row.get(kind, 0), gap)
+    print("| operator | compared with | calls | float32 | float64 | indices |\n|---|---|---|---|---|---|")
+    for (operator, on_host), row in rows.items():
+        kernel = "CUDA kernel, on the host" if on_host else "CPU kernel"
+        cells = [f"{row[kind]:.1e}" if row.get(kind) else "0" if kind in row else "" for kind in ("float32", "float64")]
+        indices = {None: "", 0: "all equal"}.get(row.get("indices"), "not equal")
+        print(f"| `{operator}` | {kernel} | {row['calls']} | {' | '.join(cells)} | {indices} |")
+
+
+def difference(expected: torch.Tensor, result: torch.Tensor) -> tuple[str, float]:
+    """The type, and the largest difference relative to the largest value; of indices: whether any differs."""
+    kind = str(expected.dtype).removeprefix("torch.") if expected.dtype.is_floating_point else "indices"
+    if result.shape != expected.shape:
+        return kind, float("inf")
+    if kind == "indices":
+        return kind, float(not torch.equal(result, expected))
+    return kind, float((result - expected).abs().max() / expected.abs().max())
 
 
 def build(sources: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ mmcv's backward operators return the derivative for a gradient of one; its ``aut
 import torch
 from torch import Tensor
 
-from ._call import kernel, widen
+from ._call import c_float, kernel, widen
 
 __all__ = [
     "sigmoid_focal_loss_backward",
@@ -33,6 +33,7 @@ def sigmoid_focal_loss_forward(
         weight: (C,) factor of a row by its target, or empty; a background row has the factor 1.
         gamma, alpha: exponent of the modulating factor, and weight of positives (negatives have 1 - alpha).
     """
+    gamma, alpha = c_float(gamma), c_float(alpha)
     (logits,) = widen(input)
     p, positive = _probability(logits), _one_hot(target, input.size(1))
     loss = torch.where(
@@ -48,6 +49,7 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Writes the derivative of :func:`sigmoid_focal_loss_forward` by the logits into ``grad_input`` (N, C)."""
+    gamma, alpha = c_float(gamma), c_float(alpha)
     (logits,) = widen(input)
     p, positive = _probability(logits), _one_hot(target, input.size(1))
     grad = torch.where(
@@ -70,6 +72,7 @@ def softmax_focal_loss_forward(
         weight: (C,) factor of a row by its target, or empty.
         gamma, alpha: exponent of the modulating factor, and weight of all rows.
     """
+    gamma, alpha = c_float(gamma), c_float(alpha)
     p, valid = _taken(input, target)
     loss = -alpha * (1 - p).pow(gamma) * p.clamp_min(SMALLEST).log()
     output.copy_(_weighted(loss.where(valid, 0.0), weight, target))
@@ -83,6 +86,7 @@ def softmax_focal_loss_backward(
 
     ``buff`` (N,) gets the factor of a row; arguments as in the forward operator.
     """
+    gamma, alpha = c_float(gamma), c_float(alpha)
     p, valid = _taken(input, target)
     factor = alpha * ((1 - p).pow(gamma - 1) * gamma * p * p.clamp_min(SMALLEST).log() - (1 - p).pow(gamma))
     factor = _weighted(factor.where(valid, 0.0), weight, target)

@@ -39,7 +39,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     elif boxes.dtype == torch.float32:
         # mmcv's threshold is a C float: an overlap of exactly 0.6f is not above 0.6f, but above the double 0.6
         iou_threshold = c_float(iou_threshold)
-    return torch.ops.torchvision.nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    # the same sort as mmcv's: of equal scores the same box comes first
+    scores, order = scores.sort(descending=True)
+    return order[torch.ops.torchvision.nms(boxes[order], scores.to(boxes.dtype), iou_threshold)]
 
 
 @kernel
