@@ -75,6 +75,7 @@ def release(name: str, source: Path) -> None:
     if temporary.stat().st_size > LIMIT:
         temporary.unlink()
         raise SystemExit(f"train_test_weights.py: {name} has more than {LIMIT:,} bytes")
+    temporary.chmod(0o644)  # safetensors writes for its owner alone; these travel in a wheel
     os.replace(temporary, target)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ._checkpoint import build_model_with_cfg
 from ._resize import checkpoint_filter_fn
+from ._shipped import tag_size
 from .cswin import CSWinHost
 from .pvt import PVTHost
 from .swin import SwinHost
@@ -40,7 +41,7 @@ def host_cfg(host: type[nn.Module], size: int = 224, **kwargs: Any) -> dict[str,
 
 def create_host(host: type[nn.Module], variant: str, pretrained: bool, settings: dict, kwargs: dict) -> nn.Module:
     """Builds ``variant``; ``kwargs`` are the user's and win over the variant's ``settings``."""
-    kwargs = {**settings, **kwargs}
+    kwargs = {**settings, **tag_size(variant, kwargs), **kwargs}
     out_indices = kwargs.pop("out_indices", 3 if host is ViTHost else (0, 1, 2, 3))
     return build_model_with_cfg(
         host,

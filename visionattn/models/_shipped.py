@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from timm.models import resolve_pretrained_cfg
+
 SCHEME = "visionattn:"
 TAG = "digits"
 LABELS = tuple(str(digit) for digit in range(10))
@@ -63,3 +65,12 @@ def digits_cfgs(name: str, cfg: dict[str, Any], size: int, takes_size: bool = Fa
     }
     # timm makes a tag with weights the default, unless a starred one follows
     return {f"{name}.{TAG}": digits, f"{name}.untrained*": cfg}
+
+
+def tag_size(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``img_size`` of the tag that a model is built for, where it is fixed: it goes before the variant's own size.
+
+    timm sets it only where a variant has no size of its own. ``kwargs`` are those of the registered function.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    return {"img_size": cfg.input_size[-2:]} if cfg.fixed_input_size else {}

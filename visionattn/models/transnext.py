@@ -37,7 +37,7 @@ from visionattn.layers.transnext import (
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 from ._head import PooledClassifier
-from ._shipped import digits_cfgs
+from ._shipped import digits_cfgs, tag_size
 
 __all__ = ["TransNeXt"]
 
@@ -394,4 +394,4 @@ def test_moh_vit(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
         img_size=96, embed_dims=(16, 32, 64, 96), depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 12),
         mlp_ratios=(4, 4, 3, 3), shared_heads=(2, 2, 3, 4), routed_heads=(0, 1, 3, 5),
     )  # fmt: skip
-    return _create_transnext("test_moh_vit", pretrained, **dict(model_args, **kwargs))
+    return _create_transnext("test_moh_vit", pretrained, **{**model_args, **tag_size("test_moh_vit", kwargs), **kwargs})
