@@ -11,13 +11,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
+from timm.layers import Format
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pyramid import SimpleFeaturePyramid
 from .registry import MODELS
 from .traits import Layers, Traits, layers_of, takes_argument, traits_of
-from .weights import load_donor, read, source_of
+from .weights import CheckpointError, load_donor, read, source_of
 
 __all__ = ["Backbone"]
 
@@ -119,8 +120,8 @@ class Backbone(BaseModule):
         self.net = timm.create_model(model, **self.build_args)
         _forget_num_classes(self.net)
 
+        self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
         levels = self.net.feature_info.get_dicts()
-        self._map_channels = [level["num_chs"] for level in levels]
         self.pyramid: nn.Module | None = None
         if self.isotropic:
             chosen = [PYRAMID_STRIDES[i] for i in self.out_indices]
@@ -130,7 +131,7 @@ class Backbone(BaseModule):
             raise ValueError(f"pyramid={pyramid} is for models with one stride, {self.arch} has several: leave it out")
         else:
             self.strides = [level["reduction"] for level in levels]
-            self.out_channels = self._map_channels
+            self.out_channels = [level["num_chs"] for level in levels]
         self.norm_names: list[str] = []
         if out_norm and not own_norms:
             for i, channels in enumerate(self.out_channels):
@@ -182,11 +183,9 @@ class Backbone(BaseModule):
 
     def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         maps = self.net(x)
-        turned = []
-        for y, channels in zip(maps, self._map_channels, strict=True):
-            nhwc = str(getattr(self.net.output_fmt, "value", self.net.output_fmt)) == "NHWC"
-            turned.append(y.permute(0, 3, 1, 2) if nhwc or y.shape[1] != channels else y)
-        return turned
+        if self._channels_last:
+            return [y.permute(0, 3, 1, 2) for y in maps]
+        return list(maps)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         size = (x.shape[2], x.shape[3])
@@ -291,8 +290,14 @@ class Backbone(BaseModule):
                 overlay = dict(state_dict=state)
         elif prefix:
             raise ValueError(f"prefix={prefix!r} goes with a file, not with checkpoint={checkpoint!r}")
-        donor = load_donor(name, self.build_args, overlay)
-        self.net.load_state_dict(donor.state_dict())
+        state = load_donor(name, self.build_args, overlay).state_dict()
+        if more := [
+            name for name in state if name not in self.net.state_dict()
+        ]:  # a NAT takes a file's norms as its own
+            raise CheckpointError(
+                f"checkpoint {checkpoint} holds norms of the outputs ({', '.join(more[:3])}): give out_norm=True"
+            )
+        self.net.load_state_dict(state)
 
 
 def _bare(name: str) -> str:

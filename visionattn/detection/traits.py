@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Format
 from timm.models import group_parameters, model_entrypoint
 from timm.optim import auto_group_layers
 from torch import nn
@@ -130,7 +131,13 @@ def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
     info = tuple(dict(level) for level in net.feature_info.info)
     strides = {level["reduction"] for level in info}
     native = _native_size(net, kwargs)
-    return Traits(arch, accepted, info, len(strides) == 1, _divisor(net, native, kwargs), native)
+    divisor = _divisor(net, native, kwargs)
+    if divisor is None and not _maps_follow(net, native, kwargs.get("in_chans", 3)):
+        raise ValueError(
+            f"{arch}'s maps are not the image's size over their strides, not even at {native[0]} x {native[1]} px "
+            "(convolutions without padding, for example), so boxes would be off: choose another model"
+        )
+    return Traits(arch, accepted, info, len(strides) == 1, divisor, native)
 
 
 def _features_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -170,16 +177,14 @@ def _maps_follow(net: nn.Module, size: tuple[int, int], chans: int) -> bool:
     except Exception:
         return False
     levels = net.feature_info.get_dicts()
-    return len(maps) == len(levels) and all(
-        map_size(y, level["num_chs"]) == tuple(-(-side // level["reduction"]) for side in size)
-        for y, level in zip(maps, levels, strict=True)
-    )
+    last = getattr(net, "output_fmt", None) == Format.NHWC
+    return [tuple(y.shape[1:]) for y in maps] == [_shape(level, size, last) for level in levels]
 
 
-def map_size(y: torch.Tensor, channels: int) -> tuple[int, int] | None:
-    if y.ndim != 4:
-        return None
-    return tuple(y.shape[2:] if y.shape[1] == channels else y.shape[1:3])
+def _shape(level: Mapping[str, Any], size: tuple[int, int], channels_last: bool) -> tuple[int, int, int]:
+    height, width = (-(-side // level["reduction"]) for side in size)
+    channels = level["num_chs"]
+    return (height, width, channels) if channels_last else (channels, height, width)
 
 
 @dataclass(frozen=True)
