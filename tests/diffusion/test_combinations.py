@@ -349,6 +349,26 @@ def test_caches(name, flux, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(steps(flux), plain, strict=True))
 
 
+def test_perturbed_attention_by_a_guider():
+    """Guiders hook PyTorch's attention; a patched layer would slip past them, so it is dense in their calls."""
+    from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
+
+    model, inputs = tiny.randomise(tiny._qwen()), tiny.CASES["qwen"].inputs(GRID)
+    config = LayerSkipConfig([0], "transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    with sparsify(model, PATTERN) as handle:
+        sparse = tiny.run(model, inputs)
+        apply_layer_skip(model, config)
+        perturbed = tiny.run(model, inputs)
+        row = handle.report().rows[0]
+        assert (row["sparse"], row["dense"]) == (1, 1) and "guider" in row["reason"]
+        HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[0].attn).remove_hook("layer_skip_hook")
+        assert torch.equal(tiny.run(model, inputs), sparse)
+    apply_layer_skip(model, config)
+    with sparsify(model, PATTERN, layers="transformer_blocks.1*"):
+        assert torch.equal(tiny.run(model, inputs), perturbed)
+    assert not torch.allclose(perturbed, sparse, atol=1e-2)
+
+
 # What cannot be
 
 

@@ -35,6 +35,7 @@ class Layer:
         self.pool_weight: torch.Tensor | None = None  # CLEAR's, (f, f), shared by heads and channels
         self.timing = Timing()
         self.reason: str | None = None  # why the last call was dense
+        self.overruled = False  # a hook of diffusers catches PyTorch's own attention, in this call of the transformer
         self.previous: Any = None
         self.member = None
 
@@ -89,6 +90,8 @@ class Layer:
             return "dense step"
         if layout is None:
             return session.problem or "the grid is not known"
+        if self.overruled:
+            return "a guider puts something else in attention's place"
         role = layout.role(queries, keys) if shards is None else parallel.role(layout, queries, keys, shards)
         if role is None:
             return f"{queries} queries and {keys} keys are not the grid's attention"
@@ -231,6 +234,7 @@ class Session:
         """Finds this call's grid and step, before the transformer runs."""
         for layer in self.layers.values():
             layer.site.keep(layer)
+            layer.overruled = _skips_scores(layer.site.module)
         try:
             call = self.adapter.bind(self.module, args, kwargs)
             self.layout, self.text_lengths = self.adapter.layout(self.module, call, self._grid_cache)
@@ -269,6 +273,12 @@ class Session:
             self._grids.clear()
         self._grids[id(ids)] = (weakref.ref(ids), value)
         return value
+
+
+def _skips_scores(module: nn.Module) -> bool:
+    """Whether diffusers' perturbed-attention guidance is hooked to an attention."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and any(getattr(h, "skip_attention_scores", False) for h in registry.hooks.values())
 
 
 class _Hook:
