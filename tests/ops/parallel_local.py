@@ -120,11 +120,13 @@ def run_heads(groups) -> float:
     rank = dist.get_rank()
     runs, heads = (shares(6, 4), (5, 1, 0, 3)), shares(7, 4)
     whole = [noise(2, sum(run), 7, 3, seed=i) for i, run in enumerate(runs)]
-    own = torch.cat([x.split(run, 1)[rank] for x, run in zip(whole, runs, strict=True)], 1)
+    own = torch.cat([x.split(run, 1)[rank] for x, run in zip(whole, runs, strict=True)], 1).requires_grad_()
     there = heads_for_tokens(own, runs, heads)
     expected = torch.cat(whole, 1).split(heads, 2)[rank]
     back = tokens_for_heads(there, runs, heads)
-    return max((there - expected).abs().max().item(), (back - own).abs().max().item())
+    weight = torch.randn_like(own)
+    (grad,) = torch.autograd.grad((back * weight).sum(), own)
+    return max((a - b).abs().max().item() for a, b in ((there, expected), (back, own), (grad, weight)))
 
 
 def run_all(rank: int, out: Path) -> None:

@@ -3,8 +3,8 @@
 Each process holds consecutive tokens of the grid. It fetches the rows that its queries reach, from as many neighbours
 as they lie on, and attends to them as to a grid of its own: shift, stride and dilation of a window agree if the buffer
 begins at a multiple of stride x dilation. Text sees everything: each process attends to its own tokens, and the
-partial rows are joined by their log-sum-exps (section 3.4 of CLEAR, arXiv 2412.16112, averages them instead, which is
-another result).
+partial rows are joined by their log-sum-exps (CLEAR, arXiv 2412.16112, averages them over GPUs instead: another
+result).
 """
 
 import functools
