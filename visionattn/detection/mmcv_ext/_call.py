@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

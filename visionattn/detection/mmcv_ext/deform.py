@@ -242,7 +242,24 @@ def _gradients(grad_output, input, weight, offset, mask, place) -> tuple[Tensor,
     mask = input.new_zeros(input.size(0), 1) if mask is None else widen(mask)[0]
     bias = input.new_zeros(weight.size(0))
     backward = torch.ops.torchvision._deform_conv2d_backward
-    return backward(grad_output, input, weight, offset, mask, bias, *place, use_mask)
+    grads = backward(grad_output, input, weight, offset, mask, bias, *place, use_mask)
+    _no_gradient_at_edge(grads[2], offset, weight.shape[2:], place)
+    return grads
+
+
+def _no_gradient_at_edge(grad: Tensor, offset: Tensor, kernel: tuple[int, int], place: tuple[int, ...]) -> None:
+    """Zeroes the offset's gradient where a sample lies at exactly -1, one pixel before the first.
+
+    The bilinear value has a kink there. mmcv takes the derivative from outside, torchvision that from inside; with a
+    padding of 1 and the offsets still zero, as they start, every sample in the padding's first row lies there.
+    """
+    height, width = offset.shape[2:]
+    view = (-1, place[7], kernel[0], kernel[1], 2, height, width)
+    axes = [torch.arange(n, device=offset.device) for n in (kernel[0], kernel[1], height, width)]
+    row = axes[0][:, None, None, None] * place[4] + axes[2][:, None] * place[0] - place[2]
+    column = axes[1][:, None, None] * place[5] + axes[3] * place[1] - place[3]
+    grid = torch.stack([row.expand(*kernel, height, width), column.expand(*kernel, height, width)], dim=2)
+    grad.view(view).masked_fill_((grid + offset.view(view)) == -1, 0)
 
 
 def _attend(value, shapes, locations, weights) -> Tensor:

@@ -178,7 +178,7 @@ def _max_align(features, rois, output, argmax, size, scale, sampling_ratio, alig
     bins = side / side.new_tensor(size[::-1])
     grid = torch.full_like(bins, sampling_ratio) if sampling_ratio > 0 else bins.ceil()
     # where mmcv's kernels start the search: an empty bin keeps it
-    lowest = -10000.0 if features.device.type == "cpu" else torch.finfo(torch.float32).min
+    lowest = -10000.0 if features.device.type == "cpu" else torch.finfo(output.dtype).min
     for grid_w, grid_h in grid.long().unique(dim=0).tolist():
         group = (grid == grid.new_tensor([grid_w, grid_h])).all(1).nonzero().squeeze(1)
         if grid_w <= 0 or grid_h <= 0:
