@@ -1,5 +1,7 @@
 """What attention_maps does around the maps: selection, memory, restoration, errors; and rollout."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -151,6 +153,23 @@ def test_missed_softmax_is_named():
     model = timm.create_model("cait_xxs24_224", img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=5)
     maps = attention_maps(model, torch.randn(1, 3, 32, 32))
     assert maps.missed == ["blocks.0.attn"] and "blocks.0.attn" not in maps
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 1), num_classes=5)
+    assert not swin.layers[0].blocks[0].attn.fused_attn  # its softmax is a module of its own
+    maps = attention_maps(swin, torch.randn(1, 3, 64, 64), heads="mean")
+    assert not maps.missed and len(maps) == 2
+
+
+def test_a_copy_in_another_type_copies_the_layer_only():
+    """Hooks that are bound to the recorder would have every copied layer copy the whole model."""
+
+    def refuse(memo):
+        raise AssertionError("the model was copied")
+
+    model = timm.create_model("test_agent_deit", num_classes=5)
+    object.__setattr__(model, "__deepcopy__", refuse)
+    with pytest.raises(AssertionError, match="was copied"):
+        copy.deepcopy(nn.Sequential(model))
+    assert attention_maps(model, torch.randn(1, 3, 64, 64), 1, dtype=torch.float64)[0].map.dtype == torch.float64
 
 
 def test_a_layer_of_ones_own():

@@ -27,9 +27,10 @@ from visionattn.layers import (
 from visionattn.layers.graph_transformer import GraphAttention
 from visionattn.layers.softmax import SoftmaxAttention
 from visionattn.layers.window import SpatialReductionAttention, StripeAttention
-from visionattn.maps import attention_maps
+from visionattn.maps import attention_maps, local_map
 from visionattn.maps.softmax import explain_product
 from visionattn.models.graph_vit import NeighbourAttention
+from visionattn.ops.local import Cross, Disk, Neighborhood, local_attention
 
 
 def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -303,3 +304,20 @@ def test_dense_mask_and_grouped_heads():
         )
         found = explain_product(Product(v, q, k, mask, scale, causal), torch.float32)
         torch.testing.assert_close(found.rows(torch.tensor([4, 0])) @ found.values, truth[:, :, [4, 0]])
+
+
+@pytest.mark.parametrize("pattern", [Disk(2.5), Cross(3, 1), Neighborhood((3, 5), (1, 2))], ids=str)
+def test_patterns_with_text(pattern):
+    """CLEAR's and GNA's patterns as the diffusion side uses them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3 + 6 * 9, 2, 8, dtype=torch.float64) for _ in range(3))
+    amap = local_map(q, k, v, (6, 9), pattern, text=3)
+    truth = local_attention(q, k, v, (6, 9), pattern, text=3, backend="reference")
+    torch.testing.assert_close(amap.apply(), truth.flatten(2), rtol=1e-10, atol=1e-10)
+    assert amap.num_prefix_tokens == 3 and (amap.map[:, :, 3:, 3:] == 0).any() and (amap.map[:, :, :3] > 0).all()
+
+
+def test_halo_lets_prefix_tokens_pass():
+    layer = drawn(Layer(HaloAttention(16, num_heads=2, block_size=3, halo_size=1, num_prefix_tokens=2), (7, 10)))
+    (amap,) = check(layer, image(2, 72, 16))
+    assert amap.num_prefix_tokens == 0 and amap.query_grid == (7, 10)

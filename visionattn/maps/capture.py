@@ -1,6 +1,7 @@
 """Runs a model once, and explains its attention layers as they are called."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,8 +133,15 @@ class _Frame:
     module: nn.Module
     placement: Placement | None
     explained: bool  # it, or a module around it, has an explainer of its own
-    softmaxes: int = 0
     products: list[Product] = field(default_factory=list)
+
+
+@dataclass
+class _Weights:
+    """What a softmax gave, and whether values were seen to be multiplied by it."""
+
+    tensor: torch.Tensor
+    used: bool = False
 
 
 class _Recorder(TorchFunctionMode):
@@ -149,7 +157,7 @@ class _Recorder(TorchFunctionMode):
         self.batch = inputs[0].shape[0] if inputs else None
         self.prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.stack: list[_Frame] = []
-        self.weights: dict[int, torch.Tensor] = {}
+        self.weights: dict[int, _Weights] = {}
         self.paused = False
         self.names: list[str] = []
         self.kept = 0
@@ -163,7 +171,7 @@ class _Recorder(TorchFunctionMode):
         try:
             for name, module in self.model.named_modules():
                 hooks.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-                hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+                hooks.append(module.register_forward_hook(self._after(), with_kwargs=True))
             self.model.eval()
             with torch.no_grad(), self:
                 self.model(*self.args, **self.kwargs)
@@ -185,8 +193,7 @@ class _Recorder(TorchFunctionMode):
             elif name == "softmax" and isinstance(out, torch.Tensor) and out.ndim >= 3:
                 axis = args[1] if len(args) > 1 else kwargs.get("dim")
                 if axis in (-1, out.ndim - 1):
-                    self.weights[out.data_ptr()] = out
-                    self.stack[-1].softmaxes += 1
+                    self.weights[out.data_ptr()] = _Weights(out)
             elif name in ("matmul", "bmm") and len(args) > 1:
                 self._product(args[0], args[1])
         return out
@@ -196,7 +203,8 @@ class _Recorder(TorchFunctionMode):
 
     def _product(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         known = self.weights.get(weights.data_ptr())
-        if known is not None and known.numel() == weights.numel() and weights.ndim == values.ndim >= 3:
+        if known is not None and known.tensor.numel() == weights.numel() and weights.ndim == values.ndim >= 3:
+            known.used = True
             self.stack[-1].products.append(Product(values, weights=weights))
 
     def _before(self, name: str):
@@ -213,16 +221,21 @@ class _Recorder(TorchFunctionMode):
 
         return hook
 
-    def _after(self, module, args, kwargs, output):
-        if self.paused:
-            return
-        frame = self.stack.pop()
-        if not self.stack:
+    def _after(self):
+        def hook(module, args, kwargs, output):
+            if not self.paused:
+                self._end(self.stack.pop(), args, kwargs, output)
+
+        return hook  # no bound method: a copy of the module would copy what it is bound to
+
+    def _end(self, frame: _Frame, args: tuple, kwargs: dict, output: Any) -> None:
+        module = frame.module
+        if next(module.children(), None) is not None or not self.stack:  # a softmax may be a module of its own
+            if not frame.explained and not all(w.used for w in self.weights.values()):
+                self.missed.append(frame.name)
             self.weights = {}
         explain = explainer_of(module)
         if explain is None and (frame.explained or not frame.products):
-            if frame.softmaxes and not frame.explained:
-                self.missed.append(frame.name)
             return
         self.paused = True
         try:
@@ -263,21 +276,15 @@ def assemble(e: Explanation, layer: str, mechanism: str, s: _Settings, kept: int
     """The map of an explanation, and its bytes."""
     if e.mask is not None:
         mask = e.mask.mean(dim=1, keepdim=True) if s.heads and e.mask.ndim == 4 else e.mask
+        size = _check_size(layer, tuple(mask.shape), mask.element_size(), s, kept)
         keep = s.values and not s.heads
-        parts = e.added if keep else {}
-        found = AttentionMap(layer, mechanism, e.kind, mask, values=e.values if keep else None, added=parts)
-        return found, mask.numel() * mask.element_size()
+        parts = dict(values=e.values, added=e.added) if keep else {}
+        return AttentionMap(layer, mechanism, e.kind, mask, **parts), size
     device = e.values.device
     rows = None if s.queries is None else resolve(s.queries, e.queries, layer).to(device)
     count = sizes(e.queries) if rows is None else len(rows)
-    heads = 1 if s.heads else e.heads
-    size = e.batch * heads * count * sizes(e.keys) * e.values.element_size() * (2 if e.learned else 1)
-    if kept + size > s.limit:
-        raise ValueError(
-            f"{layer}: a map of {e.batch} x {heads} x {count} x {sizes(e.keys)} would bring the maps to "
-            f"{(kept + size) / 2**20:,.0f} MiB of limit_mib={s.limit / 2**20:,.0f}: choose layers, queries, "
-            "heads='mean' or each=, or raise the limit"
-        )
+    shape = (e.batch, 1 if s.heads else e.heads, count, sizes(e.keys))
+    size = _check_size(layer, shape, e.values.element_size() * (2 if e.learned else 1), s, kept)
     index = torch.arange(count, device=device) if rows is None else rows
     gates = None if e.gates is None else e.gates[:, :, index]
     fields = dict(
@@ -285,10 +292,21 @@ def assemble(e: Explanation, layer: str, mechanism: str, s: _Settings, kept: int
         learned=None if e.learned is None else _gather(e.learned, index, e, gates, s.heads), edges=e.edges,
     )  # fmt: skip
     if not s.heads:
-        spread = {n: t[:, :, index] if n == "spread" else t for n, t in e.factors.items()}
-        fields |= dict(values=e.values if s.values else None, gates=gates, factors=spread)
+        factors = {n: t[:, :, index] if n == "spread" else t for n, t in e.factors.items()}
+        fields |= dict(values=e.values if s.values else None, gates=gates, factors=factors)
         fields |= {n: {k: t[:, index] for k, t in getattr(e, n).items()} for n in ("added", "multiplied")}
     return AttentionMap(layer, mechanism, e.kind, **fields), size
+
+
+def _check_size(layer: str, shape: tuple[int, ...], element: int, s: _Settings, kept: int) -> int:
+    """Bytes of a map; a ValueError where it would bring what is kept over the limit."""
+    size = math.prod(shape) * element
+    if kept + size > s.limit:
+        raise ValueError(
+            f"{layer}: a map of {' x '.join(map(str, shape))} would bring the maps to {(kept + size) / 2**20:,.0f} MiB "
+            f"of limit_mib={s.limit / 2**20:,.0f}: choose layers, queries, heads='mean' or each=, or raise the limit"
+        )
+    return size
 
 
 def _gather(rows: Callable, index: torch.Tensor, e: Explanation, gates, heads: str | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from visionattn.ops.local.patterns import Pattern
 from visionattn.ops.local.reference import bias_index
 
 from .registry import Call, register_map
-from .result import Explanation, Segment
+from .result import AttentionMap, Explanation, Segment
 
 
 @register_map(HaloAttention)
@@ -88,6 +88,30 @@ def pattern_rows(
         return logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
 
     return rows
+
+
+def local_map(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: tuple[int, ...],
+    pattern: Pattern,
+    text: int = 0,
+    bias: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> AttentionMap:
+    """The map of :func:`visionattn.ops.local.local_attention` for its arguments, CLEAR's and GNA's patterns too.
+
+    Args:
+        q, k, v: (B, text + N, H, D), text first; as many heads of keys as of queries.
+        grid, pattern, text, bias, scale: as there.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    where = (Segment("grid", tuple(grid)),)
+    where = (Segment("prefix", (text,)), *where) if text else where
+    weights = pattern_rows(q, k, tuple(grid), pattern, scale, bias, text)(torch.arange(q.shape[2], device=q.device))
+    return AttentionMap("local_attention", type(pattern).__name__, "softmax", weights, where, where, values=v)
 
 
 @register_map(NeighborhoodAttention)
