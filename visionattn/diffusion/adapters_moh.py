@@ -43,7 +43,7 @@ class Attend:
         return types.MethodType(type(self.module).attend, copy.deepcopy(self.module, memo))
 
     def __reduce__(self) -> tuple:
-        return types.MethodType, (type(self.module).attend, self.module)
+        return getattr, (self.module, "attend")  # at that time the class's: the new module has no state yet
 
 
 class AttendSite(Site):

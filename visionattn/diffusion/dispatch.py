@@ -19,10 +19,15 @@ def add_backend(function: Callable) -> AttentionBackendName:
     name = f"{PREFIX}{next(_numbers)}"
     member = str.__new__(AttentionBackendName, name)
     member._name_, member._value_ = name.upper(), name
+    member.__reduce_ex__ = lambda protocol: (_nothing, ())  # a pickle of the network carries no patch
     AttentionBackendName._value2member_map_[name] = member
     AttentionBackendName._member_map_[member._name_] = member
     _AttentionBackendRegistry.register(member, supports_context_parallel=True)(function)
     return member
+
+
+def _nothing() -> None:
+    return None
 
 
 def remove_backend(member: AttentionBackendName) -> None:
