@@ -1,6 +1,8 @@
 """``predict`` and ``maps`` as a user calls them; the pictures are read again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,24 @@ import visionattn  # noqa: F401  registers the models
 from tests.cli.test_commands import call
 
 
+def run(*argv: str) -> str:
+    """What the command prints, as a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "visionattn", *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
 def colours(path: str | Path) -> int:
     with Image.open(path) as picture:
         picture.load()
         return len(picture.convert("RGB").getcolors(2**24))
 
 
-def test_maps_of_a_model_that_comes_along(tmp_path, capsys):
+def test_maps_of_a_model_that_comes_along(tmp_path):
     """The README's way to a labelled attention map: no image, no download, no setting."""
     if not timm.get_pretrained_cfg("test_agent_deit.digits"):
         pytest.fail("test_agent_deit.digits does not come along")
-    found = json.loads(
-        call("maps", "test_agent_deit.digits", "--sample", "digit-7", "--out", str(tmp_path), "--json", capsys=capsys)
-    )
+    found = json.loads(run("maps", "test_agent_deit.digits", "--sample", "digit-7", "--out", str(tmp_path), "--json"))
     assert found["prediction"].startswith("7 (") and found["weights"] == "pretrained, tag digits"
     assert set(found["pictures"]) == {"overlay", "query", "rollout"}
     assert all(colours(path) > 500 for path in found["pictures"].values())
@@ -38,7 +45,7 @@ def test_predict_names_the_digits(tmp_path, capsys):
         sample(f"digit-{digit}").save(tmp_path / f"number{digit}.png")
     (tmp_path / "notes.txt").write_text("no image")
     arguments = ("predict", "test_agent_deit.digits", str(tmp_path), "--out", str(tmp_path / "out"), "--top", "3")
-    found = json.loads(call(*arguments, "--json", capsys=capsys))
+    found = json.loads(run(*arguments, "--json"))
     assert [(e["image"], e["classes"][0]["label"]) for e in found["images"]] == [("number0", "0"), ("number7", "7")]
     for entry in found["images"]:
         chances = [c["probability"] for c in entry["classes"]]
