@@ -71,6 +71,15 @@ def test_maps(kwargs, divisor):
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("name", ["inception_v3", "tinynet_e", "hrnet_w18_small", "moh_vit_small_75"])
+def test_maps_of_large_models(name):
+    """Unpadded convolutions, extractors of timm's own kinds: shapes alone, on the meta device, as FLOPs are counted."""
+    with torch.device("meta"):
+        backbone = Backbone(name, frozen_stages=1).eval()
+    maps = backbone.to("meta")(torch.empty(1, 3, 333, 411, device="meta"))
+    assert maps_fit(backbone, maps, (333, 411)) and backbone.strides == [4, 8, 16, 32]
+
+
 def test_channels_last_and_padding_by_hand():
     """timm's Swin: its NHWC maps turned; an odd image is a padded one whose maps are cropped."""
     backbone = Backbone(**SWIN).eval()

@@ -33,8 +33,8 @@ class Backbone(BaseModule):
     ``custom_imports = dict(imports=['visionattn.detection'])``. Takes (B, ``in_channels``, H, W) and returns a tuple
     of maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), one per output, for any H and W: images are padded with zeros on
     the right and at the bottom to what the model takes, and its maps are cropped. Maps that the model gives
-    channels-last are turned. A model with one stride (a plain vision transformer) gets a simple feature pyramid of
-    strides 4, 8, 16, 32.
+    channels-last are turned; those of networks with unpadded convolutions (Inception) are resized. A model with one
+    stride (a plain vision transformer) gets a simple feature pyramid of strides 4, 8, 16, 32.
 
     Args:
         model: registered name, with or without a tag.
@@ -102,12 +102,13 @@ class Backbone(BaseModule):
         if not self.dynamic:
             args["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
 
-        traits = traits_of(model, args, self.dynamic)
+        traits = traits_of(model, args)
         self._refuse_fixed(traits)
         self.arch = traits.arch
         self.isotropic = traits.isotropic
         self.native = traits.native
         self.divisor = size_divisor or traits.divisor
+        self.resized = traits.resized
         self.stages = [level["module"] for level in traits.info if level["reduction"] >= 4]
         self.out_indices = self._resolve(out_indices, traits)
         args |= traits.accepted
@@ -175,7 +176,10 @@ class Backbone(BaseModule):
             maps = self.pyramid(maps[0])
         outputs = []
         for i, (y, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            y = y[:, :, : -(-size[0] // stride), : -(-size[1] // stride)]
+            target = (-(-size[0] // stride), -(-size[1] // stride))
+            if self.resized:
+                y = F.interpolate(y, target, mode="bilinear", align_corners=False)
+            y = y[:, :, : target[0], : target[1]]
             if self.norm_names:
                 y = getattr(self, self.norm_names[i])(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             outputs.append(y.contiguous())

@@ -24,6 +24,7 @@ DYNAMIC = (
     dict(strict_img_size=False),
     {},
 )
+UNPADDED = 6  # cells that networks with unpadded convolutions lose (Inception's stems and cells)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Traits:
         isotropic: all maps have the same stride, as those of a plain vision transformer.
         divisor: images whose sides are multiples of it go through, and every map's side is the image's over the stride,
             rounded up; None where only ``native`` works.
+        resized: the maps miss that size by a few cells, as without padding in convolutions, and have to be resized.
         native: (height, width) of the images that the model is made for.
     """
 
@@ -45,6 +47,7 @@ class Traits:
     info: tuple[dict[str, Any], ...]
     isotropic: bool
     divisor: int | None
+    resized: bool
     native: tuple[int, int]
 
     @property
@@ -80,7 +83,7 @@ def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
             return timm.create_model(name, **kwargs).eval().to("meta")
 
 
-def traits_of(name: str, kwargs: Mapping[str, Any], dynamic: bool = True) -> Traits:
+def traits_of(name: str, kwargs: Mapping[str, Any]) -> Traits:
     """The traits of ``timm.create_model(name, **kwargs)``.
 
     Raises:
@@ -92,8 +95,8 @@ def traits_of(name: str, kwargs: Mapping[str, Any], dynamic: bool = True) -> Tra
     except Exception:  # an argument without a stable text
         frozen = None
     if frozen is None or "0x" in frozen:
-        return _traits_of(name, dict(kwargs), dynamic)
-    return copy.deepcopy(_cached(name, frozen, dynamic, _Uncompared(kwargs)))
+        return _traits_of(name, dict(kwargs))
+    return copy.deepcopy(_cached(name, frozen, _Uncompared(kwargs)))
 
 
 class _Uncompared(dict):
@@ -107,13 +110,13 @@ class _Uncompared(dict):
 
 
 @functools.lru_cache(maxsize=64)
-def _cached(name: str, frozen: str, dynamic: bool, kwargs: _Uncompared) -> Traits:
-    return _traits_of(name, dict(kwargs), dynamic)
+def _cached(name: str, frozen: str, kwargs: _Uncompared) -> Traits:
+    return _traits_of(name, dict(kwargs))
 
 
-def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
+def _traits_of(name: str, kwargs: dict[str, Any]) -> Traits:
     arch = architecture(name)
-    candidates = ({},) if is_ours(arch) or not dynamic else DYNAMIC
+    candidates = ({},) if is_ours(arch) else DYNAMIC
     net, accepted = None, {}
     for accepted in candidates:
         try:
@@ -131,13 +134,13 @@ def _traits_of(name: str, kwargs: dict[str, Any], dynamic: bool) -> Traits:
     info = tuple(dict(level) for level in net.feature_info.info)
     strides = {level["reduction"] for level in info}
     native = _native_size(net, kwargs)
-    divisor = _divisor(net, native, kwargs)
-    if divisor is None and not _maps_follow(net, native, kwargs.get("in_chans", 3)):
+    divisor, resized = _divisor(net, native, kwargs)
+    if divisor is None and _deviation(net, native, kwargs.get("in_chans", 3)) != 0:
         raise ValueError(
-            f"{arch}'s maps are not the image's size over their strides, not even at {native[0]} x {native[1]} px "
-            "(convolutions without padding, for example), so boxes would be off: choose another model"
+            f"{arch}'s maps are not of the image's size over their strides, not even at {native[0]} x {native[1]} px, "
+            "so boxes would be off: choose another model"
         )
-    return Traits(arch, accepted, info, len(strides) == 1, divisor, native)
+    return Traits(arch, accepted, info, len(strides) == 1, divisor, resized, native)
 
 
 def _features_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -154,31 +157,39 @@ def _native_size(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _divisor(net: nn.Module, native: tuple[int, int], kwargs: Mapping[str, Any]) -> int | None:
-    """The smallest of some likely numbers whose multiples the model takes."""
+def _divisor(net: nn.Module, native: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """The smallest of some likely numbers whose multiples the model takes, and whether its maps need resizing."""
     deepest = max(level["reduction"] for level in net.feature_info.get_dicts())
     chans = kwargs.get("in_chans", 3)
-    if _maps_follow(net, (native[0] + 45, native[1] + 83), chans):
-        return 1
+    odd = _deviation(net, (native[0] + 45, native[1] + 83), chans)
+    if odd == 0:
+        return 1, False
     # 7 and 8 are the usual windows
     for divisor in sorted({deepest, 2 * deepest, 7 * deepest, 8 * deepest, max(native)}):
         times = native[0] // divisor + 1
         times += 1 - times % 2  # odd, so that no multiple of a larger number passes
-        if _maps_follow(net, (times * divisor, (times + 2) * divisor), chans):
-            return divisor
-    return None
+        if _deviation(net, (times * divisor, (times + 2) * divisor), chans) == 0:
+            return divisor, False
+    if odd is not None and odd <= UNPADDED:
+        return 1, True
+    return None, False
 
 
-def _maps_follow(net: nn.Module, size: tuple[int, int], chans: int) -> bool:
-    """Whether images of ``size`` go through, and the maps are of their size over the stride, rounded up."""
+def _deviation(net: nn.Module, size: tuple[int, int], chans: int) -> int | None:
+    """By how many cells maps miss the size of the image over their stride, rounded up; None where they can't be had."""
     try:
         with torch.no_grad():
             maps = net(torch.empty(1, chans, *size, device="meta"))
     except Exception:
-        return False
-    levels = net.feature_info.get_dicts()
+        return None
     last = getattr(net, "output_fmt", None) == Format.NHWC
-    return [tuple(y.shape[1:]) for y in maps] == [_shape(level, size, last) for level in levels]
+    worst = 0
+    for y, level in zip(maps, net.feature_info.get_dicts(), strict=True):
+        expected = _shape(level, size, last)
+        if y.ndim != 4 or y.shape[-1 if last else 1] != level["num_chs"]:
+            return None
+        worst = max(worst, *(abs(a - b) for a, b in zip(y.shape[1:], expected, strict=True)))
+    return worst
 
 
 def _shape(level: Mapping[str, Any], size: tuple[int, int], channels_last: bool) -> tuple[int, int, int]:
