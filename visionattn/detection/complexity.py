@@ -30,15 +30,18 @@ class Complexity:
 
     Attributes:
         params: number of parameters.
-        macs: multiply-adds for one image: convolutions and matrix products, those of attention included. This is what
-            papers print as FLOPs.
+        macs: multiply-adds for one image: convolutions and matrix products, those of attention included as the
+            implementation on a CPU does them. Papers print such numbers as FLOPs.
+        weight_macs: those of convolutions and linear layers alone, which is what mmdet 2.x's counter saw of a backbone
+            whose attention is an operator of its own.
     """
 
     params: int
     macs: int
+    weight_macs: int
 
     def __add__(self, other: Complexity) -> Complexity:
-        return Complexity(self.params + other.params, self.macs + other.macs)
+        return Complexity(self.params + other.params, self.macs + other.macs, self.weight_macs + other.weight_macs)
 
 
 class _NoInit(TorchFunctionMode):
@@ -104,13 +107,18 @@ def _build(cfg: Any) -> nn.Module:
     from mmengine.model import revert_sync_batchnorm
 
     with torch.device("meta"), _NoInit():
-        return revert_sync_batchnorm(MODELS.build(cfg)).eval().to("meta")
+        model = revert_sync_batchnorm(MODELS.build(cfg)).to("meta")
+    model.eval()  # which returns nothing for some of mmdet's
+    return model
 
 
 def _count(model: nn.Module, forward: Any) -> Complexity:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    aten = torch.ops.aten
+    by_kind = counter.get_flop_counts()["Global"]
+    weights = sum(by_kind.get(kind, 0) for kind in (aten.convolution, aten.mm, aten.addmm))
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, weights // 2)
 
 
 def _forward(model: nn.Module, maps: tuple[torch.Tensor, ...]) -> None:
@@ -139,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("configs", nargs="+", help="detection configs")
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 800), metavar=("WIDTH", "HEIGHT"))
     args = parser.parse_args(argv)
-    print(f"{'params M':>9} {'GMACs':>8}  config")
+    print(f"{'params M':>9} {'GMACs':>8} {'of weights':>11}  config")
     for path in args.configs:
         found = detector_complexity(path, tuple(args.size))
-        print(f"{found.params / 1e6:9.2f} {found.macs / 1e9:8.1f}  {path}", flush=True)
+        row = f"{found.params / 1e6:9.2f} {found.macs / 1e9:8.1f} {found.weight_macs / 1e9:11.1f}  {path}"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def demo_config(
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = root + "annotations/val.json"
     if epochs is not None:
-        cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+        cfg.train_cfg.update(max_epochs=epochs)
         cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
     cfg.work_dir = str(work_dir)
     if distributed:
@@ -188,13 +188,16 @@ def _bare(model: Any) -> Any:
 
 def _metrics(runner: Any) -> dict[str, float]:
     """Box and mask AP of the validation after the last epoch, or of one made now where that ran earlier."""
-    names = [f"coco/{kind}_mAP{at}" for kind in ("bbox", "segm") for at in ("", "_50")]
+    metric = runner.cfg.val_evaluator.metric
+    kinds = [metric] if isinstance(metric, str) else metric
+    names = [f"coco/{kind}_mAP{at}" for kind in kinds for at in ("", "_50")]
     scalars = runner.message_hub.log_scalars
     if f"val/{names[1]}" in scalars:
-        found = {name: scalars[f"val/{name}"].current() for name in names if f"val/{name}" in scalars}
+        found = {name: scalars[f"val/{name}"].current() for name in names}
     else:
         found = runner.val()
-    return {name.removeprefix("coco/"): float(found[name]) for name in names if name in found}
+    # without a single detection mmdet gives no numbers
+    return {name.removeprefix("coco/"): float(found.get(name, 0.0)) for name in names}
 
 
 def _draw(runner: Any, path: Path) -> None:

@@ -25,8 +25,8 @@ from PIL import Image
 __all__ = ["CATEGORIES", "make_demo_set"]
 
 CATEGORIES: tuple[str, ...] = (*"0123456789", "coin", "face", "horse")
-SIZES = ((160, 192), (192, 160), (160, 160))  # height, width
-SIDES = (26, 76)  # the longer side of an object, pixels
+SIZES = ((128, 160), (160, 128), (128, 128))  # height, width
+SIDES = (22, 62)  # the longer side of an object, pixels
 VISIBLE = 0.8  # share of an object that others may not cover
 VERSION = 1
 
@@ -169,7 +169,7 @@ def _draw_horse(rng: np.random.Generator, split: str, side: float) -> tuple[int,
     top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip(coat.shape, mask.shape, strict=True))
     coat = _rgb(coat[top : top + mask.shape[0], left : left + mask.shape[1]])
     coat = _tinted(coat * 0.5 + 60, (rng.uniform(0.6, 1.3), rng.uniform(0.5, 1.0), rng.uniform(0.3, 0.9)))
-    return CATEGORIES.index("horse"), _resized(coat, mask, max(side, 40.0), rng.uniform(-12, 12))
+    return CATEGORIES.index("horse"), _resized(coat, mask, max(side, 36.0), rng.uniform(-12, 12))
 
 
 DRAWERS: tuple[Callable[[np.random.Generator, str, float], tuple[int, Cutout]], ...] = (
@@ -255,7 +255,7 @@ def _write_split(folder: Path, split: str, number: int, info: dict[str, Any]) ->
     (folder / "annotations" / f"{split}.json").write_text(text)
 
 
-def make_demo_set(folder: str | os.PathLike, train: int = 600, val: int = 100, seed: int = 0) -> Path:
+def make_demo_set(folder: str | os.PathLike, train: int = 400, val: int = 100, seed: int = 0) -> Path:
     """Writes the set, or finds it there already.
 
     It is made in a temporary folder beside ``folder`` and renamed, so that a killed process leaves nothing half-made

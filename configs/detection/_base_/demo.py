@@ -52,8 +52,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/val.json", metric="bbox")
 test_evaluator = val_evaluator
 
-max_epochs = 16
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=max_epochs)
+max_epochs = 20
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 param_scheduler = [
@@ -62,8 +62,7 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=0.001, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    optimizer=dict(type="AdamW", lr=0.002, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=2))

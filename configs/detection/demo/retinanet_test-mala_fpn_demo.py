@@ -4,12 +4,14 @@ model = dict(
     backbone=dict(
         _delete_=True, type="visionattn.Backbone", model="test_mala", out_indices=(0, 1, 2, 3), drop_path_rate=0.0
     ),
-    neck=dict(in_channels=[16, 32, 48, 64], out_channels=64, start_level=1, num_outs=3),
+    # trained from nothing, which normalised heads make short
+    neck=dict(norm_cfg=dict(type="BN"), in_channels=[16, 32, 48, 64], out_channels=64, start_level=1, num_outs=3),
     bbox_head=dict(
         num_classes=13,
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,
-        anchor_generator=dict(strides=[8, 16, 32]),
+        norm_cfg=dict(type="GN", num_groups=8),
+        anchor_generator=dict(octave_base_scale=3, strides=[8, 16, 32]),
     ),
 )
