@@ -271,6 +271,9 @@ def test_processors_that_come_later():
         kept = dict(net.attn_processors)
         net.set_attn_processor(AttnProcessor())  # a plain one: the patch stays, around it
         torch.testing.assert_close(call(net), patched)
+        net.set_default_attn_processor()  # asks for the classes that diffusers knows
+        net.set_attn_processor({name: value.__class__() for name, value in net.attn_processors.items()})
+        torch.testing.assert_close(call(net), patched)
         attn.set_processor(PAGIdentitySelfAttnProcessor2_0())
         assert not torch.allclose(call(net), patched)
         assert isinstance(attn.processor, PAGIdentitySelfAttnProcessor2_0)

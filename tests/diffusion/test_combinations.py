@@ -399,6 +399,15 @@ def test_what_cannot_combine_says_why():
         tiny.run(qwen, tiny.CASES["qwen"].inputs(GRID, batch=2, references=2, lengths=[2, 4]))
 
 
+def test_diffusers_finds_the_classes_it_knows():
+    """Its loaders ask for a processor's class, and make another of it."""
+    model, inputs = tiny.randomise(tiny._sd3()), tiny.CASES["sd3"].inputs(GRID)
+    with sparsify(model, PATTERN):
+        sparse = tiny.run(model, inputs)
+        model.set_attn_processor({name: value.__class__() for name, value in model.attn_processors.items()})
+        assert torch.equal(tiny.run(model, inputs), sparse)
+
+
 def test_a_processor_kept_beyond_removal_is_the_original():
     sd3 = tiny.randomise(tiny._sd3())
     inputs = tiny.CASES["sd3"].inputs(GRID)

@@ -161,6 +161,11 @@ class AgentProcessor:
         self.block = block
         self.visionattn_original = original
 
+    @property
+    def __class__(self) -> type:
+        """The original's: diffusers' loaders make anew what they find, by its class, and some methods ask for it."""
+        return type(self.visionattn_original)
+
     def __call__(
         self,
         attn: nn.Module,

@@ -20,6 +20,11 @@ class Processor:
     def __init__(self, layer: Any):
         self.layer = layer
 
+    @property
+    def __class__(self) -> type:
+        """The original's: diffusers' loaders make anew what they find, by its class."""
+        return type(self) if self.visionattn_original is None else type(self.visionattn_original)
+
     def __call__(
         self,
         attn: nn.Module,
