@@ -3,7 +3,11 @@
 Run as ``python -m tests.diffusion.parallel_models FOLDER``; rank r of n writes FOLDER/n-r.json, {case: result}.
 """
 
+import argparse
+import contextlib
+import io
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -114,6 +118,18 @@ def run_too_few_heads() -> str:
         return error_of(lambda: tiny.run(model, inputs))
 
 
+def run_example(rank: int) -> str:
+    """What examples/flux_multi_gpu.py --tiny --ring 2 prints."""
+    path = Path(__file__).parents[2] / "examples" / "flux_multi_gpu.py"
+    if not path.exists():  # an installed source distribution
+        return "no examples here"
+    example = runpy.run_path(str(path))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        degrees = example["degrees"](argparse.Namespace(ulysses=None, ring=2), 2)
+        example["compare"](argparse.Namespace(seed=0), torch.device("cpu"), degrees, rank)
+    return printed.getvalue()
+
+
 def error_of(call) -> str:
     try:
         call()
@@ -137,6 +153,7 @@ def run_all(rank: int, size: int, folder: Path) -> None:
     if size == 2:
         results["compiled"] = [run_compiled(dict(ulysses_degree=2)), run_compiled(dict(ring_degree=2))]
         results["stays dense"] = run_dense()
+        results["example"] = run_example(rank)
     else:
         results["too few heads"] = run_too_few_heads()
     dist.barrier()

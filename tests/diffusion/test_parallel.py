@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.extras import require_extra
 
@@ -52,6 +54,30 @@ def test_dense_calls_are_diffusers_own(results):
         found = ranks["stays dense"]
         assert found["covers"] < 1e-6 and found["reason"] == "the pattern covers the whole grid"
         assert "'_native_math', which has no context parallelism: set one of" in found["error"]
+
+
+def test_the_example_compares_with_one_process(results):
+    printed = results[2][0]["example"]
+    if printed == "no examples here":
+        pytest.skip(printed)
+    assert "bands with halos (ring_degree) over 2 processes" in printed
+    assert float(re.search(r"one process: (\S+) of", printed)[1]) < 1e-4
+    assert results[2][1]["example"] == ""  # one process speaks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["--ring", "--ulysses"])
+def test_two_gpus(kind):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "examples/flux_multi_gpu.py", "--tiny", kind, "2"], capture_output=True, text=True, cwd=root,
+        timeout=400, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert float(re.search(r"one process: (\S+) of", done.stdout)[1]) < 1e-3
 
 
 def test_fewer_heads_than_processes(results):

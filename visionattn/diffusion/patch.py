@@ -59,7 +59,8 @@ def sparsify(
 
     The text tokens see all and are seen by all; an image or video token sees the tokens of its neighbourhood. Grid and
     text length come from each call, so any resolution works, and a new one costs nothing. Weights, modules and the
-    state dict are not touched.
+    state dict are not touched. Under diffusers' context parallelism (``enable_parallelism``, before or after) the
+    result is one process's; see :mod:`visionattn.diffusion.parallel`.
 
     Args:
         pipe: a pipeline (its ``transformer`` and ``transformer_2`` are patched, its ``controlnet`` if it has an
