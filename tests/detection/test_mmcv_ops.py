@@ -14,7 +14,8 @@ from tests.extras import require_extra
 require_extra("mmcv", "detection")
 require_extra("mmdet", "detection")
 
-from visionattn.detection import ensure_mmcv_ops, mmcv_ext  # noqa: E402
+from visionattn.detection import ensure_mmcv_ops, mmcv_ext, tool  # noqa: E402
+from visionattn.detection.mmcv_ext import late  # noqa: E402
 
 ensure_mmcv_ops()
 import mmcv  # noqa: E402
@@ -233,3 +234,40 @@ def test_put_in_place(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
     with pytest.raises(ImportError, match=r'needs mmcv: pip install -e "\.\[detection\]"'):
         ensure_mmcv_ops()
+
+
+def test_mmdet_imported_before(tmp_path, monkeypatch):
+    """What a module of mmdet defined because ``mmcv.ops`` failed is replaced by the operator; its own names stay."""
+    file = tmp_path / "early.py"
+    file.write_text(
+        "try:\n    from mmcv.ops import nms as _nms, roi_align\nexcept ImportError:\n"
+        "    def _nms(): raise ImportError\n    def roi_align(): raise ImportError\n"
+        "try:\n    from mmcv.ops import soft_nms\nexcept ImportError:\n    soft_nms = None\n"
+        "def nms(): return 'its own'\n"
+    )
+    spec = importlib.util.spec_from_file_location("mmdet.early", file)
+    early = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mmcv.ops", None)
+        spec.loader.exec_module(early)
+    monkeypatch.setitem(sys.modules, "mmdet.early", early)
+    assert early.roi_align is not ops.roi_align
+    assert sorted(late.repeat_failed_imports()) == ["mmdet.early._nms", "mmdet.early.roi_align"]
+    assert early.roi_align == ops.roi_align and early._nms is ops.nms and early.nms() == "its own"
+    assert late.repeat_failed_imports() == []
+
+
+def test_tool(tmp_path, monkeypatch, capsys):
+    """Scripts get their own arguments; mmdet's tools are found by name; a wrong name is one line."""
+    (tmp_path / "helper.py").write_text("word = 'beside'\n")
+    (tmp_path / "script.py").write_text("import sys, helper, mmcv.ops\nprint(helper.word, sys.argv[1:], __name__)\n")
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tool.main([str(tmp_path / "script.py"), "--lr", "1"])
+    assert capsys.readouterr().out == "beside ['--lr', '1'] __main__\n"
+    assert {"train", "test", "analysis_tools/get_flops"} <= set(tool.tools())
+    for wrong in ("tset", str(tmp_path / "none.py")):
+        with pytest.raises(SystemExit, match="neither a tool of the installed mmdet nor a script; try .*test"):
+            tool.main([wrong])
+    tool.main(["--help"])
+    assert "\n  train\n" in capsys.readouterr().out

@@ -12,6 +12,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from .late import repeat_failed_imports
+
 BUILD_HINT = (
     "MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps --no-binary :all: "
 )
@@ -59,8 +61,8 @@ def build_hint() -> str:
 def ensure_mmcv_ops() -> None:
     """Makes ``import mmcv.ops`` work: puts the substitute into ``sys.modules`` where mmcv has no compiled extension.
 
-    Does nothing where a compiled extension is installed or already imported. Call it before anything imports
-    ``mmcv.ops``; importing :mod:`visionattn.detection` does.
+    Does nothing where a compiled extension is installed or already imported. Importing :mod:`visionattn.detection`
+    calls it; what modules of mmdet that were imported before that lack (:mod:`.late`) is put right.
 
     Raises:
         ImportError: mmcv is not installed.
@@ -79,6 +81,7 @@ def ensure_mmcv_ops() -> None:
     _Loader.exec_module(module)
     sys.modules[name] = module
     sys.modules["mmcv"]._ext = module
+    repeat_failed_imports()
 
 
 def _missing(name: str, *args, **kwargs):
