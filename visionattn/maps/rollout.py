@@ -57,13 +57,12 @@ def rollout(model: nn.Module, x: Any, layers: Layers | None = None, *, dtype: to
             return None
         weights, keys = _square(amap)
         if not state:
-            n = sizes(keys)
-            eye = torch.eye(n, dtype=weights.dtype, device=weights.device).expand(len(weights), n, n)
-            state.append(Rollout(eye, keys, keys, []))
+            eye = torch.eye(sizes(keys), dtype=weights.dtype, device=weights.device)
+            state.append(Rollout(eye.expand(len(weights), -1, -1), keys, keys, []))
         last = state[0]
-        before = _between(last.queries, keys, weights) @ last.shares
-        beside = _between(keys, amap.queries, weights)
-        last.shares = (weights @ before + beside @ before) / 2
+        before = _carry(last.shares, last.queries, keys)
+        moved = weights @ before if last.layers else weights
+        last.shares = (moved + _carry(before, keys, amap.queries)) / 2
         last.queries = amap.queries
         last.layers.append(amap.layer)
         return amap.layer
@@ -93,23 +92,22 @@ def _square(amap: AttentionMap) -> tuple[torch.Tensor, tuple[Segment, ...]]:
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30), (*keys, grid)
 
 
-def _between(old: tuple[Segment, ...], new: tuple[Segment, ...], like: torch.Tensor) -> torch.Tensor:
-    """(new tokens, old tokens): what each new token begins as; the identity where nothing changed."""
-    n = sizes(new)
+def _carry(shares: torch.Tensor, old: tuple[Segment, ...], new: tuple[Segment, ...]) -> torch.Tensor:
+    """Shares (B, old tokens, N) of the old tokens as those of new ones, each of which begins as a mean of old ones."""
     if [s for s in old if s.name in ("prefix", "grid")] == list(new):
-        return torch.eye(n, dtype=like.dtype, device=like.device)
-    out = like.new_zeros(n, sizes(old))
+        return shares
+    out = shares.new_zeros(sizes(new), sizes(old))
     a, b = find(old, "grid"), find(new, "grid")
-    bins = [_resize(f, c, like) for f, c in zip(a[1].shape, b[1].shape, strict=True)]
+    bins = [_resize(f, c, shares) for f, c in zip(a[1].shape, b[1].shape, strict=True)]
     out[b[0] : b[0] + b[1].size, a[0] : a[0] + a[1].size] = torch.kron(bins[0], bins[1])
     prefix = find(new, "prefix")
     if prefix is not None:
         count, had = prefix[1].size, find(old, "prefix")
         if had is not None and had[1].size == count:
-            out[:count, :count] = torch.eye(count, dtype=like.dtype, device=like.device)
+            out[:count, :count] = torch.eye(count, dtype=shares.dtype, device=shares.device)
         else:  # a token that had no place before begins as the mean of all
             out[:count, a[0] : a[0] + a[1].size] = 1.0 / a[1].size
-    return out
+    return out @ shares
 
 
 def _resize(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
