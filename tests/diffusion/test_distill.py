@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.extras import require_extra
 
@@ -19,10 +20,10 @@ require_extra("diffusers", "diffusion")
 from diffusers import FluxPipeline  # noqa: E402
 
 from visionattn.diffusion import Disk, load_clear, sparsify  # noqa: E402
-from visionattn.diffusion.distill import Cache, Distiller, UserError, make, write_header, write_sample  # noqa: E402
+from visionattn.diffusion.distill import Cache, Distiller, RunError, UserError, make, write_header, write_sample  # noqa: E402
 from visionattn.diffusion.distill import __main__ as command  # noqa: E402
 from visionattn.diffusion.distill.cache import read_items  # noqa: E402
-from visionattn.diffusion.distill.config import read_yaml  # noqa: E402
+from visionattn.diffusion.distill.config import options_table, read_yaml  # noqa: E402
 from visionattn.diffusion.distill.files import atomic_write, lock  # noqa: E402
 
 from . import pipelines, tiny  # noqa: E402
@@ -253,10 +254,11 @@ def test_two_sharded_ranks_are_one_process_with_twice_the_batch(world, tmp_path)
     config = write_config(tmp_path / "c.yaml", options)
     one, two, mixed = (tmp_path / n for n in ("one", "two", "mixed"))
     sharded = f"2 --config {config} fsdp=true batch_size=1"
+    half = tmp_path / "half"
     commands = [f"{sharded} output={mixed} stop_step=2 sample_interval=2", f"{sharded} output={two} stop_step=3",
-                f"{sharded} output={two}"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", LAUNCH, free_ports(3), *commands], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+                f"{sharded} output={two}", f"{sharded} output={half} steps=1 dtype=bfloat16"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LAUNCH, free_ports(4), *commands], cwd=ROOT, capture_output=True,
+                          text=True, timeout=560)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert states(mixed)["step"] == 2 and (mixed / "samples" / "000000.png").is_file()
     for folder in (one, mixed):  # the second goes on with the shards' state in one process
@@ -270,6 +272,42 @@ def test_two_sharded_ranks_are_one_process_with_twice_the_batch(world, tmp_path)
         for name, value in expected["trained"].items():
             if "to_k.bias" not in name:  # its gradient is rounding: a bias of all keys moves all logits alike
                 torch.testing.assert_close(found["trained"][name], value, rtol=0, atol=1e-4, msg=name)
+    assert (
+        run_command("--config", config, f"output={one}", "--restart", "batch_size=2", "steps=1", "dtype=bfloat16") == 0
+    )
+    assert states(half)["history"][0] == pytest.approx(states(one)["history"][0], rel=2e-2)
+    assert all(v.dtype == torch.float32 for v in states(half)["trained"].values())
+    assert all(v.dtype == torch.bfloat16 for v in load_file(half / "clear_local_2_down_2.safetensors").values())
+
+
+def test_what_is_not_finite_is_not_saved(world, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", dict(world, output=tmp_path / "run"))
+    assert run_command("--config", config, "stop_step=1") == 0
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    assert run_command("--config", config, "--restart", "lr=1e30") == 1
+    assert "error: the loss is" in capsys.readouterr().err
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    d = distiller(world)
+    next(iter(d.pair.trained().values())).data[0] = torch.nan
+    with pytest.raises(RunError, match="weights are not finite"):
+        d.save(tmp_path / "run")
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_same_step(world):
+    for dtype, rel in (("float32", 1e-3), ("bfloat16", 0.1)):
+        found = []
+        for device in ("cpu", "cuda"):
+            d = distiller(world, device=device, dtype=dtype, batch_size=2, steps=2, downsample=2)
+            d.fit(None, say=lambda line: None)
+            found.append(d.history)
+        for a, b in zip(*found, strict=True):
+            assert a == pytest.approx(b, rel=rel)
+
+
+def test_the_manual_has_every_option():
+    assert options_table() in (ROOT / "docs" / "distill.md").read_text()
 
 
 def test_cache_from_a_pipeline_and_sample_pictures(tmp_path, capsys):

@@ -12,7 +12,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -229,10 +229,21 @@ class Distiller:
         self._losses = []
         row = {"step": self.step, **dict(zip(LOSSES, values.tolist(), strict=True))}
         if not math.isfinite(row["loss"]):
-            kept = "no checkpoint had been written yet" if self.saved_step is None else \
-                f"the checkpoint of update {self.saved_step} stays"  # fmt: skip
-            raise RunError(f"the loss is {row['loss']} before update {self.step}: stopped, {kept}. Try a lower lr=.")
+            self._not_finite(f"the loss is {row['loss']} before update {self.step}")
         self.history.append(row)
+
+    def _not_finite(self, what: str) -> NoReturn:
+        kept = "no checkpoint had been written yet"
+        if self.saved_step is not None:
+            kept = f"the checkpoint of update {self.saved_step} stays"
+        raise RunError(f"{what}: stopped, {kept}. Try a lower lr=.")
+
+    def _check_weights(self) -> None:
+        """No save of weights that a last, overflowing update has spoilt. Raises RunError."""
+        local = [getattr(p, "to_local", lambda p=p: p)() for p in self.pair.trained().values()]
+        finite = all(bool(p.isfinite().all()) for p in local)
+        if self.world.agree(not finite):
+            self._not_finite(f"the weights are not finite after update {self.step}")
 
     def _progress(self, say: Callable[[str], None]) -> None:
         self._look()
@@ -248,20 +259,21 @@ class Distiller:
     # ---- checkpoints
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, whole and on the CPU, in float32. A collective where there are several ranks."""
-        return parallel.whole(self.pair.trained())
+        """What is trained, in float32 on the CPU of the first rank. A collective where there are several ranks."""
+        return parallel.whole(self.pair.trained(), self.world.first)
 
     def state(self) -> dict[str, Any]:
-        """All that a resume needs: whole tensors and plain data."""
+        """All that a resume needs: plain data, and whole tensors (on the first rank)."""
         settings = {k: v for k, v in vars(self.cfg).items() if k not in FREE}
         return {
-            "trained": self.weights(), "optimizer": parallel.whole(self.optimizer.state_dict()), "step": self.step,
-            "seen": self.seen, "history": self.history, "settings": settings,
+            "trained": self.weights(), "optimizer": parallel.whole(self.optimizer.state_dict(), self.world.first),
+            "step": self.step, "seen": self.seen, "history": self.history, "settings": settings,
         }  # fmt: skip
 
     def save(self, run: Path | None) -> None:
         """Writes ``state.pt``, ``clear_local_*.safetensors`` and ``history.csv`` into ``run``."""
         self._look()
+        self._check_weights()
         state = self.state()
         if run is not None and self.world.first:
             make_folder(run, "output")

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,8 @@ def shard(model: nn.Module, trained: list[nn.Module], world: World, dtype: torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # FLUX.1's blocks return views, and nothing writes into them, which is what this warns of
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -89,12 +92,17 @@ def shard(model: nn.Module, trained: list[nn.Module], world: World, dtype: torch
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def whole(tree: Any) -> Any:
-    """The tree with sharded tensors made whole (a collective: every rank calls it), copied to the CPU."""
+def whole(tree: Any, keep: bool = True) -> Any:
+    """The tree with sharded tensors made whole (a collective: every rank calls it), copied to the CPU.
+
+    With ``keep=False`` the rank takes part and keeps None of each tensor: host memory holds one copy, not one a rank.
+    """
 
     def gather(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
         x = x.full_tensor() if isinstance(x, DTensor) else x
-        return x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x
+        return x.detach().to("cpu", copy=True) if keep else None
 
     return tree_map(gather, tree)
 
