@@ -23,6 +23,8 @@ def attend(
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     if lengths is None and k.shape[1] and _has_fused(q, k, v):
         return _fused(q, k, v, scale)
+    # 16-bit logits would round away what the exponential needs
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
     hidden = None
     if lengths is not None:
@@ -32,13 +34,11 @@ def attend(
     step = max(1, _CHUNK // max(q.shape[0] * q.shape[2] * k.shape[1], 1))
     for part in q.split(step, 1):
         logits = (part.transpose(1, 2) @ keys) * scale
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
         if hidden is not None:
             logits = logits.masked_fill(hidden, -math.inf)
         lse = logits.logsumexp(-1)
         weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-        outs.append((weights.to(v.dtype) @ values).transpose(1, 2))
+        outs.append((weights @ values).transpose(1, 2))
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 2)
 

@@ -72,7 +72,7 @@ def split_rows(grid: Grid, size: int, bands: Any = None) -> tuple[int, ...]:
         if grid[0] < size:
             raise ValueError(f"grid {grid} has {grid[0]} rows for {size} processes: use fewer, or spread heads instead")
         bands = shares(grid[0], size)
-    bands = tuple(int(b) for b in bands)
+    bands = tuple(int(b) for b in bands) if hasattr(bands, "__iter__") else (bands,)
     if len(bands) != size or min(bands, default=0) < 1 or sum(bands) != grid[0]:
         raise ValueError(f"bands={bands}: give {size} positive numbers of rows, one a process, that make {grid[0]}")
     return tuple(b * math.prod(grid[1:]) for b in bands)
