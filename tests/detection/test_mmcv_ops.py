@@ -117,6 +117,25 @@ def test_weight_gradient_is_not_taken_from_another_call():
     torch.testing.assert_close(both, grads[1])
 
 
+def test_memory_layout():
+    """Channels-last tensors give what contiguous ones give."""
+    torch.manual_seed(0)
+    x, offset, weight, mask = double(2, 4, 6, 5), double(2, 18, 6, 5), double(3, 4, 3, 3), double(2, 9, 6, 5)
+    results, rois_ = [], rois()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        a, o, w, m = (t.detach().to(memory_format=layout).requires_grad_() for t in (x, offset, weight, mask))
+        out = [
+            ops.deform_conv2d(a, o, w, 1, 1),
+            ops.modulated_deform_conv2d(a, o, m, w, None, 1, 1),
+            ops.roi_align(a, rois_, 3, 0.5, 2, "max", True),
+            ops.roi_align(a, rois_, 3, 0.5, 2, "avg", True),
+            ops.roi_pool(a, rois_, 3, 0.5),
+        ]
+        results.append([*out, *torch.autograd.grad(sum((t**2).sum() for t in out), (a, o, w, m))])
+    for plain, last in zip(*results, strict=True):
+        torch.testing.assert_close(last, plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits_under_autocast(dtype):
     """16-bit calls compute in float32 and round once, also inside autocast, and keep their type."""
@@ -138,6 +157,12 @@ def test_sixteen_bits_under_autocast(dtype):
     logits, target = torch.randn(6, 4).to(dtype), torch.randint(0, 5, (6,))
     exact = ops.sigmoid_focal_loss(logits.float(), target, 2.0, 0.25, None, "none")
     result = ops.sigmoid_focal_loss(logits, target, 2.0, 0.25, None, "none")
+    assert result.dtype == dtype and torch.equal(result, exact.to(dtype))
+    shapes, value, places = torch.tensor([[3, 4]]), torch.randn(1, 12, 2, 4), torch.rand(1, 5, 2, 1, 3, 2)
+    tensors = [t.to(dtype) for t in (value, places, torch.rand(1, 5, 2, 1, 3))]
+    attend = ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction.apply
+    exact = attend(tensors[0].float(), shapes, torch.tensor([0]), tensors[1].float(), tensors[2].float(), 1)
+    result = attend(tensors[0], shapes, torch.tensor([0]), *tensors[1:], 1)
     assert result.dtype == dtype and torch.equal(result, exact.to(dtype))
     boxes, scores = (torch.rand(20, 4) * 10).sort(dim=1).values, torch.rand(20)
     dets, _ = ops.nms(boxes.to(dtype), scores.to(dtype), 0.3)
@@ -267,7 +292,7 @@ def test_tool(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "beside ['--lr', '1'] __main__\n"
     assert {"train", "test", "analysis_tools/get_flops"} <= set(tool.tools())
     for wrong in ("tset", str(tmp_path / "none.py")):
-        with pytest.raises(SystemExit, match="neither a tool of the installed mmdet nor a script; try .*test"):
+        with pytest.raises(SystemExit, match=r"neither a tool of the installed mmdet nor a script; try .*test"):
             tool.main([wrong])
     tool.main(["--help"])
     assert "\n  train\n" in capsys.readouterr().out

@@ -31,7 +31,7 @@ class _Extension(ModuleType):
 
 
 class _Loader:
-    """Loads the substitute: makes ``importlib.reload`` and ``find_spec('mmcv._ext')`` work as for any module."""
+    """Fills the substitute; a module needs a loader for ``find_spec('mmcv._ext')``, by which mmcv looks for it."""
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
@@ -86,5 +86,5 @@ def ensure_mmcv_ops() -> None:
 
 def _missing(name: str, *args, **kwargs):
     raise NotImplementedError(
-        f"mmcv operator {name!r} has no substitute in visionattn; build mmcv with its own: {build_hint()}"
+        f"mmcv operator {name!r} has no substitute in visionattn; build mmcv with all of them: {build_hint()}"
     )

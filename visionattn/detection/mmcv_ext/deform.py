@@ -202,7 +202,8 @@ def ms_deform_attn_forward(
         sampling_locations: (B, Q, heads, L, P, 2), x and y from 0 to 1.
         attention_weights: (B, Q, heads, L, P).
     """
-    return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
+    wide = widen(value, sampling_locations, attention_weights)
+    return _attend(wide[0], value_spatial_shapes, *wide[1:]).to(value.dtype)
 
 
 @kernel
@@ -219,10 +220,10 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """Adds the gradients to the three ``grad_*`` tensors; arguments as in the forward operator."""
-    inputs = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
+    inputs = [t.detach().requires_grad_() for t in widen(value, sampling_locations, attention_weights)]
     with torch.enable_grad():
         output = _attend(inputs[0], value_spatial_shapes, *inputs[1:])
-    grads = torch.autograd.grad(output, inputs, grad_output.view_as(output))
+    grads = torch.autograd.grad(output, inputs, grad_output.reshape(output.shape).to(output.dtype))
     for target, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
         _add(target, grad)
 
@@ -259,7 +260,7 @@ def _no_gradient_at_edge(grad: Tensor, offset: Tensor, kernel: tuple[int, int], 
     row = axes[0][:, None, None, None] * place[4] + axes[2][:, None] * place[0] - place[2]
     column = axes[1][:, None, None] * place[5] + axes[3] * place[1] - place[3]
     grid = torch.stack([row.expand(*kernel, height, width), column.expand(*kernel, height, width)], dim=2)
-    grad.view(view).masked_fill_((grid + offset.view(view)) == -1, 0)
+    grad.masked_fill_(((grid + offset.reshape(view)) == -1).view(offset.shape), 0)
 
 
 def _attend(value, shapes, locations, weights) -> Tensor:
