@@ -24,6 +24,7 @@ DYNAMIC = (
     dict(strict_img_size=False),
     {},
 )
+NOT_OF_CLASSIFIERS = ("features_only", "out_indices", "feature_cls", "pretrained", "pretrained_cfg_overlay")
 UNPADDED = 6  # cells that networks with unpadded convolutions lose (Inception's stems and cells)
 
 
@@ -70,6 +71,11 @@ def architecture(name: str) -> str:
 
 def is_ours(arch: str) -> bool:
     return model_entrypoint(arch).__module__.startswith("visionattn.")
+
+
+def classifier_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The whole model that ``kwargs`` of a feature extractor build."""
+    return create_on_meta(name, **{k: v for k, v in kwargs.items() if k not in NOT_OF_CLASSIFIERS})
 
 
 def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
@@ -225,7 +231,7 @@ class Layers:
 
 def layers_of(name: str, kwargs: Mapping[str, Any]) -> Layers:
     """The layers of ``timm.create_model(name, **kwargs)``, by its ``group_matcher``, or timm's guess without one."""
-    return layers_in(create_on_meta(name, **{**kwargs, "num_classes": 1}))
+    return layers_in(classifier_on_meta(name, {**kwargs, "num_classes": 1}))
 
 
 def layers_in(model: nn.Module) -> Layers:
@@ -243,7 +249,7 @@ def takes_argument(arch: str, kwargs: Mapping[str, Any], **argument: Any) -> boo
     """Whether a model of ours has a constructor argument."""
     if not is_ours(arch):
         return False
-    full = create_on_meta(arch, **kwargs)
+    full = classifier_on_meta(arch, kwargs)
     return set(argument) <= set(inspect.signature(type(full).__init__).parameters)
 
 

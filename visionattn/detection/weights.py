@@ -13,7 +13,7 @@ from torch import nn
 
 from visionattn.models._checkpoint import CheckpointError, read_state_dict, unwrap_state_dict
 
-from .traits import create_on_meta, is_ours
+from .traits import classifier_on_meta, is_ours
 
 __all__ = ["CheckpointError", "load_donor", "read"]
 
@@ -88,7 +88,7 @@ def load_donor(name: str, build: Mapping[str, Any], overlay: Mapping[str, Any]) 
         overlay["state_dict"] = read_state_dict(file)
     if "state_dict" in overlay:
         overlay["state_dict"] = unwrap_state_dict(overlay["state_dict"])
-    full = create_on_meta(arch, **{k: v for k, v in build.items() if k not in NOT_OF_CLASSIFIERS})
+    full = classifier_on_meta(arch, build)
     loads: list[Any] = []
     plain = type(full).load_state_dict
 
@@ -105,9 +105,6 @@ def load_donor(name: str, build: Mapping[str, Any], overlay: Mapping[str, Any]) 
         ) from error
     _check(loads, full.pretrained_cfg, arch, label)
     return donor
-
-
-NOT_OF_CLASSIFIERS = ("features_only", "out_indices", "pretrained", "pretrained_cfg_overlay", "feature_cls")
 
 
 def _check(loads: list[Any], cfg: Mapping[str, Any], arch: str, label: str) -> None:
