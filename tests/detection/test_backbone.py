@@ -53,7 +53,7 @@ def test_registered():
         (dict(model="maxvit_rmlp_pico_rw_256", out_norm=True), 256),
         (dict(model="convnext_atto", out_indices=(1, 3)), 32),
         (dict(VIT, drop_path_rate=0.1), 1),
-        (dict(model="resnet18", feature_cls="getter", frozen_stages=-1), 1),
+        (dict(model="resnet18", feature_cls="getter", features_only=True), 1),
         (dict(VIT, pyramid=dict(out_channels=24), out_indices=(1, 2), out_norm=True), 1),
         (dict(model="test_agent_deit"), 1),
     ],
@@ -91,6 +91,20 @@ def test_channels_last_and_padding_by_hand():
     for y, z, stride in zip(maps, raw, backbone.strides, strict=True):
         expected = z.permute(0, 3, 1, 2)[:, :, : -(-75 // stride), : -(-109 // stride)]
         torch.testing.assert_close(y, expected)
+
+
+def test_simple_feature_pyramid():
+    """ViTDet, figure 2: the map itself at its own stride, pooled where coarser, by transposed convolutions where finer."""
+    backbone = Backbone(**VIT).eval()
+    with torch.no_grad():
+        fine, finer, same, coarse = backbone(torch.randn(1, 3, 64, 96))
+        (raw,) = backbone.net(torch.randn(1, 3, 64, 96))
+        first, _, _, second = backbone.pyramid.levels[0]
+        up = second(nn.functional.gelu(backbone.pyramid.levels[0][1](first(raw))))
+        levels = backbone.pyramid(raw)
+    assert fine.shape[1] == 8 and finer.shape[1] == 16 and same.shape == raw.shape and coarse.shape[2:] == (2, 3)
+    torch.testing.assert_close(levels[0], up)
+    assert torch.equal(levels[2], raw) and torch.equal(levels[3], nn.functional.max_pool2d(raw, 2))
 
 
 def test_recomputed_activations_change_nothing():
@@ -205,6 +219,10 @@ def test_checkpoint_of_another_model(tmp_path):
         (dict(model="test_ninformer"), ValueError, "takes images of 32 x 32 px only"),
         (dict(model="levit_128s"), ValueError, "takes images of 224 x 224 px only.*img_size="),
         (dict(model="test_mala", agents=3), TypeError, "test_mala: .*unexpected keyword argument 'agents'"),
+        (dict(model="test_ela", img_size=(96, 96)), TypeError, "it is of no size, leave img_size='dynamic'"),
+        (dict(model="test_ela", img_size="large"), ValueError, "img_size='large': give 'dynamic', or"),
+        (dict(model="hrnet_w18_small", with_cp=True), ValueError, "can't recompute activations"),
+        (dict(model="test_ela", checkpoint_path="x.pth"), TypeError, "give init_cfg="),
         (dict(model="test_ela", frozen_stages=9), ValueError, "has 4 stages"),
         (dict(model="test_ela", pyramid=dict(out_channels=8)), ValueError, "is for models with one stride"),
         (dict(model="vit_small_patch14_dinov2", depth=1), ValueError, "stride 14, which is no power of two"),

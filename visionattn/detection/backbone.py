@@ -97,10 +97,13 @@ class Backbone(BaseModule):
         self.with_cp = with_cp
         self.dynamic = img_size == "dynamic"
         args: dict[str, Any] = dict(kwargs, in_chans=in_channels)
+        args.pop("features_only", None)  # goes without saying
+        if "checkpoint_path" in args:
+            raise TypeError("checkpoint_path loads a classifier: give init_cfg=dict(type='Pretrained', checkpoint=...)")
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         if not self.dynamic:
-            args["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
+            args["img_size"] = _sides(img_size)
 
         traits = traits_of(model, args)
         self._refuse_fixed(traits)
@@ -207,10 +210,12 @@ class Backbone(BaseModule):
         return F.pad(x, (0, target[1] - size[1], 0, target[0] - size[0]))
 
     def _checkpoint_activations(self) -> None:
-        inner = getattr(self.net, "model", self.net)
-        if not hasattr(inner, "set_grad_checkpointing"):
-            raise ValueError(f"{self.arch} can't recompute activations (set_grad_checkpointing): use with_cp=False")
-        inner.set_grad_checkpointing(True)
+        try:
+            getattr(self.net, "model", self.net).set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.arch} can't recompute activations (set_grad_checkpointing): use with_cp=False"
+            ) from error
 
     # training
 
@@ -302,6 +307,17 @@ class Backbone(BaseModule):
                 f"checkpoint {checkpoint} holds norms of the outputs ({', '.join(more[:3])}): give out_norm=True"
             )
         self.net.load_state_dict(state)
+
+
+def _sides(img_size: Any) -> tuple[int, int]:
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if (
+        isinstance(sides, (str, bytes))
+        or len(tuple(sides)) != 2
+        or not all(isinstance(s, int) and s > 0 for s in sides)
+    ):
+        raise ValueError(f"img_size={img_size!r}: give 'dynamic', or (height, width) in pixels")
+    return tuple(sides)
 
 
 def _bare(name: str) -> str:

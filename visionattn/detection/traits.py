@@ -130,7 +130,8 @@ def _traits_of(name: str, kwargs: dict[str, Any]) -> Traits:
             break
         except TypeError as error:
             if accepted is candidates[-1]:
-                raise TypeError(f"{arch}: {_one_line(error)}") from error
+                advice = "; it is of no size, leave img_size='dynamic'" if "'img_size'" in str(error) else ""
+                raise TypeError(f"{arch}: {_one_line(error)}{advice}") from error
         except RuntimeError as error:
             if "features_only" in str(error):
                 raise ValueError(
