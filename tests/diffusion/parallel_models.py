@@ -108,6 +108,10 @@ def run_dense() -> dict:
             module.processor._attention_backend = "_native_math"
     with sparsify(model, Neighborhood(16)):
         found["error"] = error_of(lambda: tiny.run(model, inputs))
+    model = build("flux")
+    model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    with sparsify(model, Neighborhood(16)):
+        found["ring error"] = error_of(lambda: tiny.run(model, inputs))
     return found
 
 

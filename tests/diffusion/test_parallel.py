@@ -54,6 +54,7 @@ def test_dense_calls_are_diffusers_own(results):
         found = ranks["stays dense"]
         assert found["covers"] < 1e-6 and found["reason"] == "the pattern covers the whole grid"
         assert "'_native_math', which has no context parallelism: set one of" in found["error"]
+        assert "'native', which has no ring attention: set_attention_backend" in found["ring error"]
 
 
 def test_the_example_compares_with_one_process(results):

@@ -8,6 +8,7 @@ a patch is removed. A release that changes this breaks this file and nothing els
 import itertools
 from collections.abc import Callable
 
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
 PREFIX = "visionattn_"
@@ -52,7 +53,8 @@ def dense(query, key, value, backend=None, parallel_config=None, **kwargs):
     """What diffusers does without us: its dispatcher with ``backend``, its active one where None.
 
     Raises:
-        ValueError: under context parallelism with a backend that attends to one process's tokens only.
+        ValueError: under context parallelism with a backend that attends to one process's tokens only, or that has no
+            ring attention.
     """
     if parallel_config is not None:
         registry = _AttentionBackendRegistry
@@ -63,4 +65,14 @@ def dense(query, key, value, backend=None, parallel_config=None, **kwargs):
                 f"dense calls run on diffusers' backend {name.value!r}, which has no context parallelism: set one of "
                 f"{', '.join(sorted(b for b in registry._supports_context_parallel if not b.startswith(PREFIX)))}"
             )
-    return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config, **kwargs)
+    if parallel_config is None or torch.compiler.is_compiling():
+        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config, **kwargs)
+    try:
+        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel_config, **kwargs)
+    except ValueError as e:
+        if "return_lse" not in str(e):
+            raise
+        raise ValueError(
+            f"dense calls run on diffusers' backend {name.value!r}, which has no ring attention: set_attention_backend "
+            "('_native_cudnn', '_native_flash', 'flash') before enable_parallelism, or use ulysses_degree"
+        ) from e
