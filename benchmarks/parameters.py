@@ -36,13 +36,18 @@ BEGIN, END = "<!-- benchmarks/parameters.py writes from here -->", "<!-- to here
 
 # why a system's numbers differ from what is printed, where they do
 WHY = {
-    "inline": "the subtraction is carried out on D x D sums, so fewer products are needed than the released code does",
-    "mala": "the printed FLOPs are close to those of the convolutions alone: most attention products are left out",
-    "nat": "the authors' script adds 5 per element of a norm and 1 per bias; the counter counts products only",
-    "dinat": "the authors' script adds 5 per element of a norm and 1 per bias; the counter counts products only",
+    "agent": "printed as fvcore counts, which adds norms and interpolation",
+    "inline": "the subtraction is carried out on D x D sums: fewer products than in the released code; printed as "
+    "fvcore counts",
+    "mala": "printed: close to the convolutions alone, most attention products are left out; the reference's 0.01 to "
+    "0.02 % more are its normaliser q . mean(k), which is no matrix product here",
+    "nat": "counted on tiles, as on a CPU: they compute masked pairs beside the window's; the window's products alone "
+    "give the reference's number",
+    "halo": "the reference leaves out the relative logits",
     "ulsam": "printed: 2 m parameters and 2 m h w products a module of m channels, no norms in what a module replaces; "
     "ours: all parameters of the module as released, 5 m + 3 g",
-    "moh": "every head is computed in the reference count; here as well, whatever the share of active ones",
+    "moh": "MoH-ViT: the products with the 9 nearest keys are done shift by shift and elementwise, which the counter "
+    "does not see; every head is counted, whatever the share of active ones",
 }
 
 
@@ -203,13 +208,14 @@ def verdicts(row: Row, params: int, gmacs: float | None) -> tuple[str, str, list
     else:
         by_params = ""
     if row.params_M is not None and not agrees(params / 1e6, row.params_M):
-        words.append(f"{row.params_M:g} M parameters are printed")
+        words.append(f"{row.params_M:g} M printed")
     by_macs = ""
     if gmacs is not None and row.gmacs_reference:
         share = gmacs / row.gmacs_reference - 1  # the tables have four decimals, some of them two
-        by_macs = "equal" if agrees(gmacs, row.gmacs_reference) or abs(share) < 2e-5 else f"{100 * share:+.2f} %"
+        same = agrees(gmacs, row.gmacs_reference) or abs(gmacs - row.gmacs_reference) < 1.1e-4
+        by_macs = "equal" if same else f"{100 * share:+.2f} %"
     if gmacs is not None and row.gflops is not None and not agrees(gmacs, row.gflops):
-        words.append(f"{row.gflops:g} G are printed")
+        words.append(f"{row.gflops:g} G printed")
     return by_params, by_macs, words
 
 
@@ -220,16 +226,17 @@ def measure(row: Row, known: dict[str, str] | None) -> dict[str, Any]:
     else:
         params, gmacs, problem = count(row)
     by_params, by_macs, words = verdicts(row, params, gmacs)
+    why = WHY.get("nat" if row.system == "dinat" else row.system)
+    if why and (by_macs not in ("", "equal") or any(word.endswith("G printed") for word in words)):
+        words.append(why)
     if row.note:
-        words.append(row.note)
-    elif words or by_macs not in ("", "equal"):
-        words += [WHY[row.system]] if row.system in WHY else []
+        words.append(row.note.rstrip("."))
     return {
         "system": row.system, "row": row.row, "model": row.model, "px": row.px, "params": params,
         "params_reference": row.params_reference, "params_M_published": row.params_M, "params_verdict": by_params,
         "GMACs": None if gmacs is None else round(gmacs, 5), "GMACs_reference": row.gmacs_reference,
         "GFLOPs_published": row.gflops, "GMACs_verdict": by_macs, "top1_published": row.top1,
-        "difference": "; ".join([*words, problem] if problem else words),
+        "difference": " | ".join([*words, problem] if problem else words),
     }  # fmt: skip
 
 
@@ -260,14 +267,18 @@ def markdown(rows: list[dict[str, str]]) -> str:
         notes: dict[str, int] = {}
         for r in chosen:
             marks = []
-            for part in filter(None, r["difference"].split("; ")):
-                marks.append(f"[{notes.setdefault(part, len(notes) + 1)}]")
+            for part in filter(None, r["difference"].split(" | ")):
+                if part.endswith("printed"):
+                    marks.append(part)
+                else:
+                    marks.append(f"[{notes.setdefault(part, len(notes) + 1)}]")
             lines.append(
                 f"| {r['row']} | {r['px']} | {int(r['params']):,} | {r['params_verdict'] or '-'} | "
                 f"{r['params_M_published'] or '-'} | {r['GMACs'] or '-'} | {r['GMACs_verdict'] or '-'} | "
-                f"{r['GFLOPs_published'] or '-'} | {r['top1_published'] or '-'} | {' '.join(marks)} |"
+                f"{r['GFLOPs_published'] or '-'} | {r['top1_published'] or '-'} | {', '.join(marks)} |"
             )
-        lines += [""] + [f"[{number}] {text}.  " for text, number in notes.items()]
+        for text, number in notes.items():
+            lines += ["", f"[{number}] {text}."]
     return "\n".join(lines)
 
 

@@ -160,49 +160,89 @@ def measure(model: Any, size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def card(args: argparse.Namespace) -> str | None:
+    import os
     from pathlib import Path
 
     text = model_card(check_name(args.model))
     if args.out is None:
         return text
-    Path(args.out).write_text(text + "\n")
-    return f"written to {args.out}"
+    path = Path(args.out)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+    return f"written to {path}"
 
 
 def model_card(name: str) -> str:
-    """A card in Markdown: paper, licence, counts, results, recipe; only what the cfg, the manifest and a count say."""
+    """A card in Markdown: paper, licence, counts, results, recipe; only what the cfg, the manifest and a count say.
+
+    Args:
+        name: a registered name, or one with a tag that is registered or in the manifest.
+
+    Raises:
+        ValueError: for a tag that neither knows.
+    """
     import timm
+    import torch
 
     from visionattn.checkpoints import manifest
 
-    arch = name.split(".")[0]
-    model = timm.create_model(arch).eval()
-    facts = describe(model, arch)
-    entries = [e for e in manifest().values() if e.model == arch and name in (arch, e.name)]
-    cfg = model.pretrained_cfg
-    lines = [
-        f"# {name}",
-        "",
-        f"{facts['paper'] or 'No paper is named.'}",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| parameters | {facts['parameters']:,} |",
-        f"| MACs at {facts['input'][1]} x {facts['input'][2]} | {facts['MACs']:,} |",
-        f"| mechanisms | {', '.join(facts['mechanisms']) or '-'} |",
-        f"| source | {cfg.get('origin_url') or '-'} |",
-        f"| evaluation | {cfg['interpolation']}, crop {cfg['crop_pct']} ({cfg.get('crop_mode') or 'center'}) |",
-    ]
+    arch, _, tag = name.partition(".")
+    of_model = [e for e in manifest().values() if e.model == arch]
+    entries = [e for e in of_model if name in (arch, e.name)]
+    tagged = timm.list_models(f"{arch}.*", include_tags=True)
+    if tag and name not in tagged and not entries:
+        known = sorted({*tagged, *(e.name for e in of_model)})
+        raise ValueError(f"{arch} has no tag {tag!r}: there are {', '.join(known) or 'none'}")
+    with torch.device("meta"):
+        model = timm.create_model(name if name in tagged else arch).eval()
+    return render_card(name, model.pretrained_cfg, describe(model, name), entries)
+
+
+def render_card(name: str, cfg: dict[str, Any], facts: dict[str, Any], entries: list[Any]) -> str:
+    """The text of a card.
+
+    Args:
+        cfg: the pretrained cfg as a dictionary.
+        facts: of :func:`describe`.
+        entries: of the manifest, those that the card lists.
+    """
+    arch = name.partition(".")[0]
+    own = next((e for e in entries if e.name == name), None)
     recipe = find_recipe(arch)
-    if recipe:
-        lines.append(f"| recipe | `configs/train/{recipe}` |")
+    rows = {
+        "parameters": f"{facts['parameters']:,}",
+        "classes": f"{facts['classes']:,}",
+        f"MACs at {facts['input'][1]} x {facts['input'][2]}": f"{facts['MACs']:,}",
+        "mechanisms": ", ".join(facts["mechanisms"]) or "-",
+        "source": cfg.get("origin_url") or "-",
+        "licence of weights": (own and own.licence) or cfg.get("license") or "-",
+        "evaluation": f"{cfg['interpolation']}, crop {cfg['crop_pct']} ({cfg.get('crop_mode') or 'center'}), "
+        f"mean {_values(cfg['mean'])}, std {_values(cfg['std'])}",
+    }
+    if own and own.recipe:
+        rows["recipe"] = f"`{own.recipe}`"
+    elif recipe:
+        rows["recipe"] = f"`configs/train/{recipe}`"
+    lines = [f"# {name}", "", facts["paper"] or "No paper is named.", ""]
+    lines += [f"{cfg['description']}.", ""] if cfg.get("description") else []
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
     if entries:
-        lines += ["", "| checkpoint | size | top-1 | licence | from |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {e.name} | {e.img_size or '-'} px | {e.top1 or e.note} | {e.licence} | {e.url or e.file or '-'} |"
-            for e in entries
-        ]
-    return "\n".join([*lines, "", "```python", f'timm.create_model("{name}")', "```"])
+        lines += ["", "| checkpoint | size | top-1, % | on | licence | from |", "|" + " --- |" * 6]
+        lines += [_checkpoint_line(e) for e in entries]
+    pretrained = ", pretrained=True" if own and own.file else ""
+    return "\n".join([*lines, "", "```python", f'timm.create_model("{name}"{pretrained})', "```"])
+
+
+def _checkpoint_line(entry: Any) -> str:
+    on = entry.dataset if entry.top1 else "-"
+    where = f"`weights/{entry.file}`" if entry.file else entry.url or "-"
+    size = f"{entry.img_size} px" if entry.img_size else "-"
+    return f"| {entry.name} | {size} | {entry.top1 or entry.note or '-'} | {on} | {entry.licence} | {where} |"
+
+
+def _values(numbers: Any) -> str:
+    return " ".join(f"{n:g}" for n in numbers)
 
 
 def find_recipe(arch: str) -> str | None:
