@@ -144,6 +144,17 @@ def test_agent_factors_and_names():
     assert list(amap.added) == ["depthwise"] and amap.as_dict()["beside the product"] == ["depthwise"]
     layers = map_layers(model, x)
     assert layers["layers.0.blocks.0.attn"] == "AgentAttention" and list(layers.values())[-1] == "WindowAttention"
+    registers = timm.create_model(
+        "vit_small_patch14_reg4_dinov2",
+        img_size=(28, 42),
+        embed_dim=16,
+        num_heads=2,
+        depth=1,
+        features_only=True,
+        out_indices=1,
+    )
+    amap = attention_maps(registers, torch.randn(1, 3, 28, 42))[0]
+    assert amap.num_prefix_tokens == 5 and amap.key_grid == (2, 3)
     compiled = torch.compile(model, backend="eager")
     assert attention_maps(compiled, x).keys() == list(layers)
 

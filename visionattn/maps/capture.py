@@ -155,7 +155,8 @@ class _Recorder(TorchFunctionMode):
         images = [t for t in inputs if t.ndim == 4]
         self.image = tuple(images[0].shape[2:]) if images else None
         self.batch = inputs[0].shape[0] if inputs else None
-        self.prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+        counts = (getattr(m, "num_prefix_tokens", None) for m in model.modules())  # a wrapper doesn't pass it on
+        self.prefix = next((n for n in counts if isinstance(n, int)), 0)
         self.stack: list[_Frame] = []
         self.weights: dict[int, _Weights] = {}
         self.paused = False
