@@ -21,7 +21,7 @@ from .attend import attend
 from .call import _check_extra, _check_tensors
 from .exchange import depend, exchange, gather, shares, world
 from .merge import merge
-from .patterns import Disk, Grid, Neighborhood, Pattern, check_grid, radius_squared
+from .patterns import Disk, Grid, Neighborhood, Pattern, check_grid, coordinates, radius_squared
 from .planner import replace_pooling
 
 
@@ -299,12 +299,7 @@ def pool_over(x: torch.Tensor, split: Split, factor: int, weight: torch.Tensor |
     grid, d = split.grid, len(split.grid)
     coarse = tuple(n // factor for n in grid)
     a, b = split.bounds(rank)
-    index = torch.arange(a, b, device=x.device)
-    place = []
-    for n in reversed(grid):
-        place.append(index % n)
-        index = index // n
-    place = place[::-1]
+    place = coordinates(torch.arange(a, b, device=x.device), grid)
     if weight is None:
         weight = x.new_full((factor,) * d, factor**-d)
     scaled = x * weight.to(x.dtype)[tuple(p % factor for p in place)][:, None, None]
@@ -315,12 +310,13 @@ def pool_over(x: torch.Tensor, split: Split, factor: int, weight: torch.Tensor |
     line = math.prod(coarse[1:])
     bounds = []
     for r in range(size):
-        p, q = split.bounds(r)
-        bounds.append((p // split.row // factor, (q - 1) // split.row // factor + 1) if q > p else (0, 0))
+        start, stop = split.bounds(r)
+        lines = (start // split.row // factor, (stop - 1) // split.row // factor + 1)
+        bounds.append(lines if stop > start else (0, 0))
     low, high = bounds[rank]
     own = x.new_zeros((*x.shape[:-3], (high - low) * line, *x.shape[-2:]))
     own = own.index_add(x.dim() - 3, block - low * line, scaled)
-    parts = gather(own.movedim(-3, 0), tuple((q - p) * line for p, q in bounds), group)
-    at = torch.cat([torch.arange(p * line, q * line, device=x.device) for p, q in bounds])
+    parts = gather(own.movedim(-3, 0), tuple((stop - start) * line for start, stop in bounds), group)
+    at = torch.cat([torch.arange(start * line, stop * line, device=x.device) for start, stop in bounds])
     total = parts.new_zeros((math.prod(coarse), *parts.shape[1:])).index_add(0, at, parts)
     return total.movedim(0, -3)
