@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from . import config
+from . import config, files
 from .config import Config, RunError, UserError
 
 
@@ -53,7 +53,7 @@ def _build_cache(cfg: Config) -> int:
 def _distil(cfg: Config, restart: bool) -> int:
     import torch
 
-    from . import files, parallel
+    from . import parallel
     from .engine import Distiller
     from .sampling import Sampler
 
@@ -64,6 +64,8 @@ def _distil(cfg: Config, restart: bool) -> int:
     run = files.make_folder(cfg.output, "output")
     first = int(os.environ.get("RANK", 0)) == 0
     handle = files.lock(run) if first else None
+    for left in run.glob(".*.tmp") if first else ():  # of a process that was killed while it wrote
+        left.unlink()
     world = parallel.start(cfg)
     distiller, before = None, {}
     try:
@@ -104,10 +106,8 @@ def _result(cfg: Config, run: Path) -> str:
 def _introduce(cfg: Config, distiller: Any, run: Path) -> None:
     """config.yaml, and a line of what is trained."""
     text = yaml.safe_dump(dict(vars(cfg)), sort_keys=False, allow_unicode=True)
-    files_text = f"# repeat with: python -m visionattn.diffusion.distill --config <this file>\n{text}".encode()
-    from .files import atomic_write
-
-    atomic_write(run / "config.yaml", lambda f: f.write(files_text))
+    text = f"# repeat with: python -m visionattn.diffusion.distill --config <this file>\n{text}"
+    files.atomic_write(run / "config.yaml", lambda f: f.write(text.encode()))
     trained = sum(p.numel() for p in distiller.pair.trained().values())
     total = sum(p.numel() for p in distiller.pair.teacher.parameters())
     world, position = distiller.world, f", going on after update {distiller.step}" if distiller.step else ""

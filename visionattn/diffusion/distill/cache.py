@@ -8,6 +8,7 @@ A folder of ``cache.json`` (what all samples share) and one ``<number>.safetenso
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ def _encoders(cfg: Config) -> Any:
     """The pipeline without its transformer."""
     from diffusers import FluxPipeline
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = cfg.device
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None, dtype=getattr(torch, cfg.dtype))
         return pipe.to(device)
