@@ -154,7 +154,7 @@ class _Recorder(TorchFunctionMode):
         inputs = [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, torch.Tensor)]
         images = [t for t in inputs if t.ndim == 4]
         self.image = tuple(images[0].shape[2:]) if images else None
-        self.batch = inputs[0].shape[0] if inputs else None
+        self.batch = next((t.shape[0] for t in (*images, *inputs) if t.ndim > 0), None)
         counts = (getattr(m, "num_prefix_tokens", None) for m in model.modules())  # a wrapper doesn't pass it on
         self.prefix = next((n for n in counts if isinstance(n, int)), 0)
         self.stack: list[_Frame] = []
@@ -191,6 +191,8 @@ class _Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", "")
             if name == "scaled_dot_product_attention":
                 self._fused(*args, **kwargs)
+            elif self.stack[-1].explained:
+                pass
             elif name == "softmax" and isinstance(out, torch.Tensor) and out.ndim >= 3:
                 axis = args[1] if len(args) > 1 else kwargs.get("dim")
                 if axis in (-1, out.ndim - 1):

@@ -110,9 +110,10 @@ def locate(n: int, call: Call) -> tuple[Segment, ...] | None:
     nothing fits."""
     x = call.args[0] if call.args and isinstance(call.args[0], torch.Tensor) else None
     if x is not None and x.ndim == 4:
-        for H, W in ((x.shape[2], x.shape[3]), (x.shape[1], x.shape[2])):
-            if n == H * W and min(H, W) > 1:
-                return (Segment("grid", (H, W)),)
+        grids = [(H, W) for H, W in (x.shape[2:], x.shape[1:3]) if n == H * W and min(H, W) > 1]
+        if grids:  # as many channels as rows fit both ways: the image's shape decides
+            tall = call.image[0] / call.image[1] if call.image else 1.0
+            return (Segment("grid", min(grids, key=lambda grid: abs(grid[0] / grid[1] - tall))),)
     if n == 1:
         return (Segment("token", (1,)),)
     if call.image is None:
