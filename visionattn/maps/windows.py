@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models.maxxvit import PartitionAttentionCl, grid_partition
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
@@ -43,6 +44,15 @@ def _ours(block: nn.Module, x: torch.Tensor) -> Placement | None:
 @register_placement(SwinTransformerBlock, SwinTransformerV2Block)
 def _timm(block: nn.Module, x: torch.Tensor) -> Placement | None:
     return partition((x.shape[1], x.shape[2]), tuple(block.window_size), tuple(block.shift_size), False, x.device)
+
+
+@register_placement(PartitionAttentionCl)
+def _maxvit(block: nn.Module, x: torch.Tensor) -> Placement:
+    grid, size = (x.shape[1], x.shape[2]), tuple(block.partition_size)
+    if block.partition_block:
+        return partition(grid, size, device=x.device)
+    index = torch.arange(grid[0] * grid[1], device=x.device).reshape(1, *grid, 1)
+    return Placement(grid_partition(index, size).flatten(1), grid)
 
 
 def place(inner: Explanation, placement: Placement) -> Explanation:
