@@ -3,6 +3,7 @@
     python benchmarks/train_test_weights.py                 # all of them, one after the other; goes on where it stopped
     python benchmarks/train_test_weights.py test_ela test_halo
     python benchmarks/train_test_weights.py --check         # trains nothing: measures the files that lie in weights/
+    python benchmarks/train_test_weights.py --document      # trains nothing: the tables of docs/weights.md
 
 Each run is ``train.py``'s, with its recipe for the digits at the size of the model's ``digits`` cfg. The weights are
 those of the last epoch: no epoch is chosen by the images that the accuracy is stated on. Ctrl-C saves the run.
@@ -12,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import visionattn  # noqa: F401  registers the models
 from visionattn.checkpoints import manifest, sha256
+from visionattn.cli.weights import as_markdown
 from visionattn.training import cli
 from visionattn.training.data import Digits
 
@@ -29,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights"
 BEGIN = "# Trained here; benchmarks/train_test_weights.py writes all that follows.\n"
 LIMIT = 2_000_000  # bytes of a file
+DOCUMENT = ROOT / "docs" / "weights.md"
+MARKS = ("<!-- benchmarks/train_test_weights.py writes from here -->", "<!-- to here -->")
 
 
 def names() -> list[str]:
@@ -104,6 +109,15 @@ def record(name: str, top1: float, command: list[str]) -> None:
     os.replace(temporary, path)
 
 
+def write_document() -> None:
+    """Puts the manifest's tables between the marks of the document."""
+    old = DOCUMENT.read_text()
+    text = "\n".join((MARKS[0], "", as_markdown(list(manifest().values())), "", MARKS[1]))
+    temporary = DOCUMENT.with_suffix(".tmp")
+    temporary.write_text(re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda m: text, old, flags=re.S))
+    os.replace(temporary, DOCUMENT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="names without a tag; all by default")
@@ -112,7 +126,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "test_weights", help="where run folders lie")
     parser.add_argument("--again", action="store_true", help="also models whose file is there")
     parser.add_argument("--check", action="store_true", help="only measure what is there")
+    parser.add_argument("--document", action="store_true", help="only write the tables of docs/weights.md")
     args = parser.parse_args()
+    if args.document:
+        write_document()
+        return
     unknown = set(args.models) - set(names())
     if unknown:
         parser.error(f"no digits tag: {', '.join(sorted(unknown))}; there are {', '.join(names())}")
@@ -126,6 +144,7 @@ def main() -> None:
         release(name, train(name, args.runs, args.epochs, args.seed))
         top1 = evaluate(name)
         record(name, top1, arguments(name, args.epochs, args.seed))
+        write_document()
         print(f"train_test_weights.py: {name}.digits {top1:.2f} % of the held-out digits", file=sys.stderr, flush=True)
 
 

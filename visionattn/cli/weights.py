@@ -14,6 +14,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     a = actions.add_parser("list", parents=[common], help="every released checkpoint that is known")
     a.add_argument("pattern", nargs="?", default="*")
+    a.add_argument("--markdown", action="store_true", help="the table of docs/weights.md")
     a.set_defaults(run=list_weights)
     a = actions.add_parser("fetch", parents=[common], help="download, or go on with a download; size and hash compared")
     a.add_argument("name")
@@ -36,18 +37,40 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     a.set_defaults(run=trust)
 
 
-def list_weights(args: argparse.Namespace) -> Table:
+def list_weights(args: argparse.Namespace) -> Table | str:
     from visionattn.checkpoints import Ledger, manifest
 
+    entries = [e for e in manifest().values() if fnmatch.fnmatchcase(e.name, args.pattern)]
+    if not entries:
+        raise ValueError(f"no released checkpoint matches {args.pattern!r}: 'visionattn weights list' shows all")
+    if args.markdown:
+        return as_markdown(entries)
     seen = Ledger().read()
     rows = []
-    for e in manifest().values():
-        if fnmatch.fnmatchcase(e.name, args.pattern):
-            known = "manifest" if e.sha256 else "recorded" if e.name in seen else None
-            rows.append((e.name, e.top1, e.img_size, e.size, known, e.licence, e.file or e.url or e.note))
-    if not rows:
-        raise ValueError(f"no released checkpoint matches {args.pattern!r}: 'visionattn weights list' shows all")
+    for e in entries:
+        known = "manifest" if e.sha256 else "recorded" if e.name in seen else None
+        top1 = None if e.top1 is None else f"{e.top1} ({e.dataset})"
+        rows.append((e.name, top1, e.img_size, e.size, known, e.licence, e.file or e.url or e.note))
     return Table(("name", "top1", "img_size", "bytes", "hash", "licence", "from"), rows)
+
+
+def as_markdown(entries: list[Any]) -> str:
+    """Two tables of manifest entries: what comes along, and what others published."""
+    own = [e for e in entries if e.file]
+    others = [e for e in entries if not e.file]
+    lines = []
+    if own:
+        lines += ["| comes along | top-1 on the digits, % | px | bytes | SHA-256 |", "|---|---|---|---|---|"]
+        lines += [f"| `{e.name}` | {e.top1} | {e.img_size} | {e.size:,} | `{e.sha256[:16]}` |" for e in own]
+    if own and others:
+        lines.append("")
+    if others:
+        lines += ["| published elsewhere | top-1, % | px | licence | from |", "|---|---|---|---|---|"]
+        for e in others:
+            top1, size = e.top1 or "-", e.img_size or "-"
+            where = "; ".join(part for part in (e.url and f"[file]({e.url})", e.note) if part)
+            lines.append(f"| `{e.name}` | {top1} | {size} | {e.licence} | {where} |")
+    return "\n".join(lines)
 
 
 def fetch(args: argparse.Namespace) -> Facts:

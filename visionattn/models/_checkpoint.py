@@ -8,9 +8,12 @@ says in one line what is wrong with a file that it can't use.
 
 import argparse
 import collections
+import hashlib
+import http.client
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,9 +132,10 @@ def build_model_with_cfg(
 ) -> nn.Module:
     """timm's function of this name, whose arguments these are, with our way of loading files.
 
-    A local file (``file`` of the pretrained cfg, or a ``local-dir:`` folder) is read by :func:`read_state_dict` before
-    the model is built. Whatever the source, the names and shapes that ``pretrained_filter_fn`` returns are compared
-    with the model's before anything is copied; integer buffers (index tables, counters) may be absent from a file.
+    A local file (``file`` of the pretrained cfg, or a ``local-dir:`` folder), or the one behind ``url``, is read by
+    :func:`read_state_dict` before the model is built. Whatever the source, the names and shapes that
+    ``pretrained_filter_fn`` returns are compared with the model's before anything is copied; integer buffers (index
+    tables, counters) may be absent from a file.
 
     Heads: a head whose number of classes is the model's is loaded; it is left out, and the model's own stays as
     initialised, where the cfg's ``num_classes`` says that the file has another number (timm's rule).
@@ -145,8 +149,11 @@ def build_model_with_cfg(
     if not pretrained:
         return _build(model_cls, variant, False, pretrained_filter_fn=pretrained_filter_fn, **build)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    local = cfg.file if cfg.source == "local-dir" or (cfg.source != "hf-hub" and not cfg.state_dict) else None
+    hub = cfg.source == "hf-hub" or (cfg.source != "local-dir" and not cfg.file and cfg.hf_hub_id)
+    local = cfg.file if cfg.source == "local-dir" or (not hub and not cfg.state_dict) else None
     weights = None
+    if not local and cfg.url and not (hub or cfg.state_dict or cfg.custom_load):
+        local = _download(cfg.url, cfg, kwargs.get("cache_dir"))
     if local and not cfg.custom_load:
         file = _file_in(Path(local)) if cfg.source == "local-dir" else local
         weights = read_state_dict(resolve(file))
@@ -190,6 +197,25 @@ def _build(model_cls: type[nn.Module], variant: str, pretrained: bool, **build: 
             f"{variant}: out_indices={asked} names feature maps that the model does not have: "
             "use indices into its feature_info"
         ) from error
+
+
+def _download(url: str, cfg: Any, cache_dir: str | os.PathLike | None) -> str:
+    """The file behind an address, fetched once into timm's cache.
+
+    It is named after the model and tag: some of the authors' addresses end without a name.
+    """
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
+    address = hashlib.sha256(url.encode()).hexdigest()[:8]  # another address of the same tag is another file
+    path = folder / f"{cfg.architecture}.{cfg.tag or 'untagged'}-{address}.pth"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())  # renames when it is whole
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise CheckpointError(
+                f"{url} can't be fetched ({error}): fetch it by hand, and pass pretrained_cfg_overlay=dict(file=...)"
+            ) from error
+    return str(path)
 
 
 def _file_in(folder: Path) -> Path:

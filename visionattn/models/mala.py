@@ -361,6 +361,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return translated
 
 
+_URL = "https://huggingface.co/aldjalkdf/MAViT/resolve/main"
+
+
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
@@ -384,9 +387,9 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "mala_tiny.untrained": _cfg(),
-        "mala_small.untrained": _cfg(),
-        "mala_base.untrained": _cfg(),
-        "mala_large.untrained": _cfg(),
+        "mala_small.in1k": _cfg(f"{_URL}/MAViT_S.pth"),
+        "mala_base.in1k": _cfg(f"{_URL}/MAViT_B.pth"),
+        "mala_large.in1k": _cfg(f"{_URL}/MAViT_L.pth"),
         **digits_cfgs("test_mala", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 32),
     }
 )

@@ -418,20 +418,22 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 _DINAT = dict(paper_ids="arXiv:2209.15001", paper_name="Dilated Neighborhood Attention Transformer")
 _DINAT_S = dict(_DINAT, first_conv="patch_embed.proj")
+_NAT_URL = "https://shi-labs.com/projects/nat/checkpoints/CLS"
+_DINAT_URL = "https://shi-labs.com/projects/dinat/checkpoints/imagenet1k"
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.untrained": _cfg(),
-        "nat_tiny.untrained": _cfg(),
-        "nat_small.untrained": _cfg(),
-        "nat_base.untrained": _cfg(),
-        "dinat_mini.untrained": _cfg(**_DINAT),
-        "dinat_tiny.untrained": _cfg(**_DINAT),
-        "dinat_small.untrained": _cfg(**_DINAT),
-        "dinat_base.untrained": _cfg(**_DINAT),
-        "dinat_s_tiny.untrained": _cfg(**_DINAT_S),
-        "dinat_s_small.untrained": _cfg(**_DINAT_S),
-        "dinat_s_base.untrained": _cfg(**_DINAT_S),
+        "nat_mini.in1k": _cfg(f"{_NAT_URL}/nat_mini.pth"),
+        "nat_tiny.in1k": _cfg(f"{_NAT_URL}/nat_tiny.pth"),
+        "nat_small.in1k": _cfg(f"{_NAT_URL}/nat_small.pth"),
+        "nat_base.in1k": _cfg(f"{_NAT_URL}/nat_base.pth"),
+        "dinat_mini.in1k": _cfg(f"{_DINAT_URL}/dinat_mini_in1k_224.pth", **_DINAT),
+        "dinat_tiny.in1k": _cfg(f"{_DINAT_URL}/dinat_tiny_in1k_224.pth", **_DINAT),
+        "dinat_small.in1k": _cfg(f"{_DINAT_URL}/dinat_small_in1k_224.pth", **_DINAT),
+        "dinat_base.in1k": _cfg(f"{_DINAT_URL}/dinat_base_in1k_224.pth", **_DINAT),
+        "dinat_s_tiny.in1k": _cfg(f"{_DINAT_URL}/dinat_s_tiny_in1k_224.pth", **_DINAT_S),
+        "dinat_s_small.in1k": _cfg(f"{_DINAT_URL}/dinat_s_small_in1k_224.pth", **_DINAT_S),
+        "dinat_s_base.in1k": _cfg(f"{_DINAT_URL}/dinat_s_base_in1k_224.pth", **_DINAT_S),
         **digits_cfgs("test_nat", _cfg(input_size=(3, 96, 96), pool_size=(3, 3)), 64),
     }
 )

@@ -301,6 +301,7 @@ _MOH = dict(
     paper_name="MoH: Multi-Head Attention as Mixture-of-Head Attention",
     origin_url="https://github.com/SkyworkAI/MoH",
 )
+_MOH_URL = "https://huggingface.co/Chat-UniVi/MoH-ViT"
 
 default_cfgs = generate_default_cfgs(
     {
@@ -308,10 +309,10 @@ default_cfgs = generate_default_cfgs(
         "transnext_tiny.untrained": _cfg(),
         "transnext_small.untrained": _cfg(),
         "transnext_base.untrained": _cfg(),
-        "moh_vit_small_80.untrained": _cfg(**_MOH),
+        "moh_vit_small_80.in1k": _cfg(f"{_MOH_URL}-S-80/resolve/main/moh_transnext_small_80.pth", **_MOH),
         "moh_vit_small_75.untrained": _cfg(**_MOH),
-        "moh_vit_base_75.untrained": _cfg(**_MOH),
-        "moh_vit_base_50.untrained": _cfg(**_MOH),
+        "moh_vit_base_75.in1k": _cfg(f"{_MOH_URL}-B-75/resolve/main/moh_transnext_base_75.pth", **_MOH),
+        "moh_vit_base_50.in1k": _cfg(f"{_MOH_URL}-B-50/resolve/main/moh_transnext_base_50.pth", **_MOH),
         **digits_cfgs("test_moh_vit", _cfg(**_MOH, input_size=(3, 96, 96), pool_size=(3, 3)), 32, takes_size=True),
     }
 )
