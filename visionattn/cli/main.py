@@ -9,9 +9,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from . import bench, doctor, maps, models, predict, weights
+from . import bench, doctor, maps, models, predict, simulate, weights
 
-GROUPS = (models, weights, doctor, bench, predict, maps)
+GROUPS = (models, weights, doctor, bench, predict, maps, simulate)
 
 
 class Parser(argparse.ArgumentParser):
