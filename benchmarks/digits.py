@@ -3,12 +3,14 @@
     python benchmarks/digits.py                     # everything, three seeds; goes on where it stopped
     python benchmarks/digits.py --only mixers --seeds 0 --epochs 2
 
-Rows go to ``benchmarks/results/digits.csv`` as soon as a run ends, and rows that the file has are skipped; the tables
-of ``docs/learning.md`` are written anew after each. Training is ``train.py``'s own, with its recipe for the digits.
+Rows go to ``benchmarks/results/digits-DEVICE-torchVERSION.csv`` as soon as a run ends, and rows that the file has are
+skipped; the tables of ``docs/learning.md`` are written anew after each. Training is ``train.py``'s own, with its recipe for
+the digits.
 """
 
 import argparse
 import csv
+import os
 import re
 import statistics
 import sys
@@ -105,7 +107,7 @@ def train(model: str, size: int, kwargs: dict, seed: int, epochs: int) -> dict:
     """One run of train.py in this process; its last row."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--config", str(ROOT / "configs/train/digits.yaml"), "--model", model, "--img-size", str(size)]
-        argv += ["--seed", str(seed), "--epochs", str(epochs), "--output", folder]
+        argv += ["--seed", str(seed), "--epochs", str(epochs), "--output", folder, "--threads", "1"]
         if kwargs:
             argv += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
         if cli.main(argv) != 0:
@@ -156,9 +158,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--only", choices=("mixers", "hosts"), help="one of the two tables")
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/digits.csv")
+    parser.add_argument("--csv", type=Path, help="rows; benchmarks/results/digits-DEVICE-torchVERSION.csv by default")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/learning.md")
     args = parser.parse_args()
+    if args.csv is None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        label = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        args.csv = ROOT / "benchmarks/results" / f"digits-{label}-torch{torch.__version__.partition('+')[0]}.csv"
     rows = list(csv.DictReader(args.csv.open())) if args.csv.exists() else []
     done = {(r["table"], r["name"], int(r["seed"]), int(r["epochs"])) for r in rows}
     for seed in args.seeds:
@@ -169,10 +175,12 @@ def main() -> None:
             row = dict(table=which, name=name, seed=seed, epochs=args.epochs)
             rows.append(row | train(model, size, kwargs, seed, args.epochs))
             args.csv.parent.mkdir(parents=True, exist_ok=True)
-            with args.csv.open("w", newline="") as file:
+            temporary = args.csv.with_name(f".{args.csv.name}.tmp")
+            with temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)
                 writer.writeheader()
                 writer.writerows(rows)
+            os.replace(temporary, args.csv)
             write_tables(rows, args.document)
     print(f"digits.py: {args.csv} and {args.document} hold {len(rows)} runs", file=sys.stderr)
 

@@ -236,9 +236,9 @@ def render_card(name: str, cfg: dict[str, Any], facts: dict[str, Any], entries: 
 
 def _checkpoint_line(entry: Any) -> str:
     on = entry.dataset if entry.top1 else "-"
-    where = f"`weights/{entry.file}`" if entry.file else entry.url or "-"
+    where = f"`weights/{entry.file}`" if entry.file else entry.url or entry.note or "-"
     size = f"{entry.img_size} px" if entry.img_size else "-"
-    return f"| {entry.name} | {size} | {entry.top1 or entry.note or '-'} | {on} | {entry.licence} | {where} |"
+    return f"| {entry.name} | {size} | {entry.top1 or '-'} | {on} | {entry.licence} | {where} |"
 
 
 def _values(numbers: Any) -> str:
