@@ -12,7 +12,6 @@ model = dict(
         type="visionattn.Backbone",
         model="halo_h0",
         out_indices=(0, 1, 2, 3),
-        norm_eval=True,
     ),
     neck=dict(in_channels=[32, 64, 128, 256]),
 )

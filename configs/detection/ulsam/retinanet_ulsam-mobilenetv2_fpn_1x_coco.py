@@ -12,7 +12,6 @@ model = dict(
         type="visionattn.Backbone",
         model="ulsam_mobilenetv2_100",
         out_indices=(1, 2, 3, 4),
-        norm_eval=True,
     ),
     neck=dict(in_channels=[24, 32, 96, 320]),
 )
