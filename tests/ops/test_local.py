@@ -260,7 +260,7 @@ def test_bad_input(name):
 
 
 HERE = Path(__file__).parent
-# the kernels one by one take minutes in an interpreter: the shortest of each kind here, all with the slow tests
+# the kernels one by one take minutes in an interpreter: the shortest of each kind here, the others are slow tests
 QUICK = "test_kernels and (window or disk or bias) and not (larger or dilated or line)"
 
 
@@ -282,8 +282,8 @@ def test_interpreted():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", ["test_kernels", "not test_kernels"])
-def test_interpreted_all(part):
+@pytest.mark.parametrize("part", [f"test_kernels and not ({QUICK})", "not test_kernels"], ids=["kernels", "rest"])
+def test_interpreted_others(part):
     interpret(part)
 
 
