@@ -46,9 +46,9 @@ OPTIONAL = {
     "mmcv": {"detection"},
     "mmengine": {"detection"},
     "natten": {"ops"},
-    "sklearn": {"training", "cli"},
+    "sklearn": {"training", "cli", "detection"},
     "matplotlib": {"training", "plots"},
-    "torchvision": {"training", "cli", "models"},
+    "torchvision": {"training", "cli", "models", "detection"},
 }
 
 
