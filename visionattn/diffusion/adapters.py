@@ -45,7 +45,7 @@ class Site:
             )
         if dispatch.is_ours(self.processor._attention_backend):
             raise ValueError(f"{self.name} is patched already: remove the other handle first")
-        layer.member = dispatch.add_backend(layer.__call__)
+        layer.member = layer.own_member = dispatch.add_backend(layer.__call__)
         layer.taken = []
         self._take(layer)
 
@@ -78,6 +78,15 @@ class Site:
         elif self.processor._attention_backend is not layer.member:
             self._take(layer)
 
+    def share(self, layer: Any, member: Any) -> None:
+        """Lets the layer's processors ask for ``member``, another layer's function, or its own again."""
+        if member is layer.member:
+            return
+        for processor, _, _ in layer.taken:
+            if processor._attention_backend is layer.member:
+                processor._attention_backend = member
+        layer.member = member
+
     def restore(self, layer: Any) -> None:
         if self.make_processor is not None:
             if getattr(self.processor, "visionattn_original", None) is not None:
@@ -90,8 +99,8 @@ class Site:
                 processor._attention_backend = previous
             else:
                 del processor._attention_backend
-        dispatch.remove_backend(layer.member)
-        layer.member = None
+        dispatch.remove_backend(layer.own_member)
+        layer.member = layer.own_member = None
 
 
 class Adapter:

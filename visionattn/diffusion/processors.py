@@ -34,14 +34,18 @@ class Processor:
         temb: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
+        # someone may have kept this processor beyond the patch, and set it again: then it is the original
         # named one by one: diffusers drops what a processor's signature does not name
         named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
         kwargs = {name: value for name, value in named.items() if value is not None}
         length = hidden_states.shape[1]
         if encoder_hidden_states is not None:
             length += encoder_hidden_states.shape[1]
-        removed = self.layer.session._hook is None  # someone kept this processor, and set it again
-        if removed or hidden_states.ndim != 3 or self.layer.stays_dense(length, attention_mask):
+        if (
+            not self.layer.session.installed
+            or hidden_states.ndim != 3
+            or self.layer.stays_dense(length, attention_mask)
+        ):
             return self.visionattn_original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return self.sparse(attn, hidden_states, encoder_hidden_states, **kwargs)
 

@@ -72,6 +72,8 @@ def report(sessions: list, note: str | None = None) -> Report:
             notes.append(f"dense steps of the last generation: {session.dense_done}")
         if session.spread:
             notes.append(f"tokens spread over processes: {session.spread}")
+        if session.compiled:
+            notes.append("calls of compiled blocks are not counted")
         if session.problem:
             notes.append(f"the last call stayed dense: {session.problem}")
     return Report(rows, notes)

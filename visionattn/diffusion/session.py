@@ -1,6 +1,7 @@
 """The patch of one transformer: what each layer does, and what the current call looks like."""
 
 import time
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,8 @@ class Layer:
         self.reason: str | None = None  # why the last call was dense
         self.overruled = False  # a hook of diffusers catches PyTorch's own attention, in this call of the transformer
         self.previous: Any = None
-        self.member = None
+        self.member = None  # of diffusers' enum, what the processors ask for
+        self.own_member = None  # that calls this layer; see Session._share
 
     def __call__(
         self,
@@ -195,6 +197,8 @@ class Session:
         self._last_timestep: float | None = None
         self._grids: dict[int, tuple[Any, Any]] = {}
         self._hook = None
+        self.installed = False
+        self.compiled = False
 
     def install(self, layers: list[Layer]) -> None:
         """Puts the layers' functions into their processors; all or none."""
@@ -209,6 +213,7 @@ class Session:
             raise
         self.layers = {layer.site.name: layer for layer in layers}
         self._hook = self.outer.register_forward_pre_hook(_Hook(self), with_kwargs=True, prepend=True)
+        self.installed = True
 
     def remove(self) -> None:
         """Restores every processor; the transformer is what it was before."""
@@ -216,6 +221,7 @@ class Session:
             return
         self._hook.remove()
         self._hook = None
+        self.installed = False
         for layer in self.layers.values():
             layer.site.restore(layer)
 
@@ -235,6 +241,7 @@ class Session:
         for layer in self.layers.values():
             layer.site.keep(layer)
             layer.overruled = _skips_scores(layer.site.module)
+        self._share()
         try:
             call = self.adapter.bind(self.module, args, kwargs)
             self.layout, self.text_lengths = self.adapter.layout(self.module, call, self._grid_cache)
@@ -245,6 +252,27 @@ class Session:
             for layer in self.layers.values():
                 layer.pattern.check(self.layout.grid)
         self._count_step(call.get("timestep") if self.problem is None else None)
+
+    def _share(self) -> None:
+        """Compiled blocks: equal layers have one function, and so one graph; else each layer its own, and counts.
+
+        A graph is tied to the function that it was made with, and torch.compile makes eight of a kind of block at most.
+        """
+        compiled = self.module is not self.outer or any(m._compiled_call_impl for m in self.module.modules())
+        leaders: dict[tuple, Layer] = {}
+        for layer in self.layers.values():
+            if layer.own_member is None:
+                continue
+            kind = (layer.pattern, layer.backend, layer.previous, id(layer.pool_weight), layer.overruled)
+            leader = leaders.setdefault(kind if compiled else (id(layer),), layer)
+            layer.site.share(layer, leader.own_member)
+        if compiled and not self.compiled and len(leaders) > torch._dynamo.config.recompile_limit:
+            warnings.warn(
+                f"{len(leaders)} kinds of layers (pooling weights are each layer's own) are as many graphs: set "
+                f"torch._dynamo.config.recompile_limit = {len(leaders)} or more",
+                stacklevel=2,
+            )
+        self.compiled = compiled
 
     def _count_step(self, timestep: Any) -> None:
         if not self.dense_steps and self.dense_until is None:
