@@ -4,8 +4,8 @@
     python benchmarks/digits.py --only mixers --seeds 0 --epochs 2
 
 Rows go to ``benchmarks/results/digits-DEVICE-torchVERSION.csv`` as soon as a run ends, and rows that the file has are
-skipped; the tables of ``docs/learning.md`` are written anew after each. Training is ``train.py``'s own, with its recipe for
-the digits.
+skipped; the tables of ``docs/learning.md`` are written anew after each. Training is ``train.py``'s own, with its
+recipe for the digits.
 """
 
 import argparse
