@@ -31,8 +31,7 @@ from visionattn.training.data import Digits
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights"
 BEGIN = "# Trained here; benchmarks/train_test_weights.py writes all that follows.\n"
-# 20 for all others: without a convolution before their tokens these learn slowly
-EPOCHS = {"test_agent_deit": 60, "test_inline_deit": 60}
+EPOCHS = 20
 LIMIT = 2_000_000  # bytes of a file
 DOCUMENT = ROOT / "docs" / "weights.md"
 MARKS = ("<!-- benchmarks/train_test_weights.py writes from here -->", "<!-- to here -->")
@@ -45,22 +44,19 @@ def names() -> list[str]:
 
 def arguments(name: str, seed: int) -> list[str]:
     """What train.py is given; it stands on the model's card."""
-    epochs = EPOCHS.get(name, 20)
     size = timm.get_pretrained_cfg(f"{name}.digits").input_size[-1]
     words = ["--config", "digits", "--model", f"{name}.digits", "--img-size", str(size)]
-    return [*words, "--epochs", str(epochs), "--seed", str(seed)]
+    return [*words, "--epochs", str(EPOCHS), "--seed", str(seed)]
 
 
 def train(name: str, runs: Path, seed: int) -> Path:
     """Trains, or goes on; returns the weights of the last epoch."""
-    epochs = EPOCHS.get(name, 20)
-    runs = runs / f"{epochs}_epochs"
     status = cli.main([*arguments(name, seed), "--output", str(runs), "--resume", "auto", "--threads", "1"])
     if status:
         raise SystemExit(f"train_test_weights.py: the run of {name} failed, see above")
     for run in sorted(runs.glob(f"*-{name}.digits"), reverse=True):
         with (run / "summary.csv").open() as file:
-            if len(list(csv.DictReader(file))) == epochs:
+            if len(list(csv.DictReader(file))) == EPOCHS:
                 return run / "last.safetensors"
     raise SystemExit(f"train_test_weights.py: the run of {name} was stopped; start again to go on from here")
 

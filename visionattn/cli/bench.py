@@ -327,6 +327,9 @@ def picture(path: Path, rows: list[dict[str, str]]) -> None:
                 points = sorted((int(r["size"]), float(r["images_per_s"])) for r in chosen if r["model"] == name)
                 if points:
                     axis.loglog(*zip(*points, strict=True), marker="o", label=name)
+            ticks = sorted({int(r["size"]) for r in chosen})
+            axis.set_xticks(ticks, [str(size) for size in ticks])
+            axis.set_xticks([], minor=True)
             axis.set_xlabel("pixels of a side")
             axis.set_ylabel("images / s")
             axis.legend(fontsize=8)
