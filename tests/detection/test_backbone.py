@@ -94,7 +94,7 @@ def test_channels_last_and_padding_by_hand():
 
 
 def test_simple_feature_pyramid():
-    """ViTDet, figure 2: the map itself at its own stride, pooled where coarser, by transposed convolutions where finer."""
+    """ViTDet, figure 2: the map itself at its own stride, pooled where coarser, transposed convolutions where finer."""
     backbone = Backbone(**VIT).eval()
     with torch.no_grad():
         fine, finer, same, coarse = backbone(torch.randn(1, 3, 64, 96))
@@ -182,8 +182,7 @@ def test_classification_files(kwargs, tmp_path):
     for name, value in backbone.net.state_dict().items():
         assert torch.equal(value, theirs[name.removeprefix("model.").replace(".", "_")]), name
     torch.save({"state_dict": {f"backbone.{n}": v for n, v in backbone.state_dict().items()}}, tmp_path / "ours.pth")
-    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "ours.pth"), prefix="backbone.")
-    other = Backbone(**kwargs, init_cfg=cfg)
+    other = Backbone(**kwargs, pretrained=str(tmp_path / "ours.pth"))
     other.init_weights()
     assert all(
         torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), other.state_dict().values(), strict=True)
@@ -194,6 +193,8 @@ def test_checkpoint_of_another_model(tmp_path):
     """Ours and timm's: one line that names the file and the model, where timm itself would load in silence."""
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "resnet34.pth")
     torch.save(timm.create_model("test_mala").state_dict(), tmp_path / "mala.pth")
+    ours = {f"backbone.{n}": v for n, v in Backbone("test_ela").state_dict().items()}
+    torch.save(ours, tmp_path / "detector.pth")
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint at all")
     for model, file, message in [
         ("resnet18", "resnet34.pth", "does not fit resnet18: it has"),
@@ -201,11 +202,23 @@ def test_checkpoint_of_another_model(tmp_path):
         ("test_agent_swin", "mala.pth", "does not fit test_agent_swin"),
         ("resnet50", "resnet34.pth", "does not fit resnet50"),
         ("resnet18", "broken.pth", "can't be read"),
+        ("resnet18", "detector.pth", "is of another backbone than resnet18"),
     ]:
         backbone = Backbone(model, pretrained=str(tmp_path / file))
         with pytest.raises(CheckpointError, match=message) as caught:
             backbone.init_weights()
         assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_detector_over_another_backbone():
+    """Its other parts load where the loader is not strict, and the names are reported where it is."""
+    detector = nn.ModuleDict(dict(backbone=Backbone("test_ela"), neck=nn.Linear(2, 2)))
+    before = detector["backbone"].net.conv1[0].weight.clone()
+    theirs = {f"backbone.{n}": v for n, v in timm.create_model("test_mala", num_classes=0).state_dict().items()}
+    theirs |= {"neck.weight": torch.ones(2, 2), "neck.bias": torch.ones(2)}
+    result = detector.load_state_dict(theirs, strict=False)
+    assert detector["neck"].bias.sum() == 2 and torch.equal(detector["backbone"].net.conv1[0].weight, before)
+    assert any(n.startswith("backbone.net.") for n in result.missing_keys) and result.unexpected_keys
 
 
 @pytest.mark.parametrize(

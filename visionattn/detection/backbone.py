@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from timm.layers import Format
 from torch import nn
@@ -95,50 +97,34 @@ class Backbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
-        self.dynamic = img_size == "dynamic"
         args: dict[str, Any] = dict(kwargs, in_chans=in_channels)
         args.pop("features_only", None)  # goes without saying
         if "checkpoint_path" in args:
             raise TypeError("checkpoint_path loads a classifier: give init_cfg=dict(type='Pretrained', checkpoint=...)")
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
-        if not self.dynamic:
+        if img_size != "dynamic":
             args["img_size"] = _sides(img_size)
 
         traits = traits_of(model, args)
-        self._refuse_fixed(traits)
+        if img_size == "dynamic":
+            _refuse_fixed(traits)
         self.arch = traits.arch
         self.isotropic = traits.isotropic
         self.native = traits.native
         self.divisor = size_divisor or traits.divisor
         self.resized = traits.resized
         self.stages = [level["module"] for level in traits.info if level["reduction"] >= 4]
-        self.out_indices = self._resolve(out_indices, traits)
+        self.out_indices = _resolve(out_indices, traits)
         args |= traits.accepted
         own_norms = out_norm and not self.isotropic and takes_argument(self.arch, args, out_norm=True)
         if own_norms:
             args["out_norm"] = True
         self.model_args = args
-        self.build_args = dict(args, features_only=True)
-        self.build_args["out_indices"] = (len(traits.info) - 1,) if self.isotropic else self.out_indices
-        self.net = timm.create_model(model, **self.build_args)
-        _forget_num_classes(self.net)
-
-        self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
-        levels = self.net.feature_info.get_dicts()
-        self.pyramid: nn.Module | None = None
-        if self.isotropic:
-            chosen = [PYRAMID_STRIDES[i] for i in self.out_indices]
-            self.pyramid = SimpleFeaturePyramid(levels[0]["num_chs"], levels[0]["reduction"], chosen, **(pyramid or {}))
-            self.strides, self.out_channels = chosen, self.pyramid.channels
-        elif pyramid:
-            raise ValueError(f"pyramid={pyramid} is for models with one stride, {self.arch} has several: leave it out")
-        else:
-            self.strides = [level["reduction"] for level in levels]
-            self.out_channels = [level["num_chs"] for level in levels]
+        self._build(len(traits.info) - 1, pyramid)
         self.norm_names: list[str] = []
         if out_norm and not own_norms:
-            for i, channels in enumerate(self.out_channels):
+            for i, channels in zip(self.out_indices, self.out_channels, strict=True):
                 self.add_module(f"norm{i}", nn.LayerNorm(channels))
                 self.norm_names.append(f"norm{i}")
         if with_cp:
@@ -146,31 +132,23 @@ class Backbone(BaseModule):
         self._freeze_stages()
         self.register_load_state_dict_pre_hook(_translate_foreign_names)
 
-    def _refuse_fixed(self, traits: Traits) -> None:
-        if self.dynamic and traits.divisor is None:
-            height, width = traits.native
-            raise ValueError(
-                f"{traits.arch} takes images of {height} x {width} px only, and detection's sizes vary: give "
-                f"img_size=(height, width), as large as your largest image, where the model has that argument, or "
-                "choose another model"
-            )
-
-    @staticmethod
-    def _resolve(out_indices: Sequence[int] | int | None, traits: Traits) -> tuple[int, ...]:
-        count = len(PYRAMID_STRIDES) if traits.isotropic else len(traits.info)
-        if out_indices is None:
-            return tuple(range(count)) if traits.isotropic else traits.default_indices
-        asked = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        resolved = tuple(i + count if isinstance(i, int) and -count <= i < 0 else i for i in asked)
-        strides = list(PYRAMID_STRIDES) if traits.isotropic else [level["reduction"] for level in traits.info]
-        if not resolved or any(not isinstance(i, int) or not 0 <= i < count for i in resolved):
-            raise ValueError(
-                f"out_indices={asked}: {traits.arch} has {count} maps, 0 to {count - 1}, at strides "
-                f"{', '.join(map(str, strides))}: choose among them"
-            )
-        if sorted(set(resolved)) != list(resolved):
-            raise ValueError(f"out_indices={asked} do not ascend: maps come from fine to coarse, list them so")
-        return resolved
+    def _build(self, last: int, pyramid: Mapping[str, Any] | None) -> None:
+        """The feature extractor, and the simple feature pyramid behind map ``last`` of a model with one stride."""
+        if pyramid and not self.isotropic:
+            raise ValueError(f"pyramid={pyramid} is for models with one stride, {self.arch} has several: leave it out")
+        indices = (last,) if self.isotropic else self.out_indices
+        self.build_args = dict(self.model_args, features_only=True, out_indices=indices)
+        self.net = timm.create_model(self.model, **self.build_args)
+        _forget_num_classes(self.net)
+        self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
+        levels = self.net.feature_info.get_dicts()
+        self.strides = [level["reduction"] for level in levels]
+        self.out_channels = [level["num_chs"] for level in levels]
+        self.pyramid: nn.Module | None = None
+        if self.isotropic:
+            chosen = [PYRAMID_STRIDES[i] for i in self.out_indices]
+            self.pyramid = SimpleFeaturePyramid(self.out_channels[0], self.strides[0], chosen, **(pyramid or {}))
+            self.strides, self.out_channels = chosen, self.pyramid.channels
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size = (x.shape[2], x.shape[3])
@@ -279,8 +257,10 @@ class Backbone(BaseModule):
             super().init_weights()
         finally:
             self.init_cfg = given
+        self._is_init = False  # until the weights are there
         for cfg in files:
             self.load(cfg["checkpoint"], cfg.get("prefix"))
+        self._is_init = True
 
     def load(self, checkpoint: str | os.PathLike | bool, prefix: str | None = None) -> None:
         """Loads weights, see ``init_cfg``.
@@ -293,29 +273,64 @@ class Backbone(BaseModule):
         if overlay.get("file"):
             state = read(overlay["file"], prefix)
             if any(key.startswith("net.") for key in state):
-                self.load_state_dict(state)
+                self._load_own(state, str(checkpoint))
                 return
             if prefix:
                 overlay = dict(state_dict=state)
         elif prefix:
             raise ValueError(f"prefix={prefix!r} goes with a file, not with checkpoint={checkpoint!r}")
         state = load_donor(name, self.build_args, overlay).state_dict()
-        if more := [
-            name for name in state if name not in self.net.state_dict()
-        ]:  # a NAT takes a file's norms as its own
+        own = self.net.state_dict()
+        if more := [name for name in state if name not in own]:  # a NAT takes a file's norms as its own
             raise CheckpointError(
                 f"checkpoint {checkpoint} holds norms of the outputs ({', '.join(more[:3])}): give out_norm=True"
             )
         self.net.load_state_dict(state)
 
+    def _load_own(self, state: Mapping[str, torch.Tensor], label: str) -> None:
+        """Weights under this adapter's own names."""
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) + [n for n in own if n in state and own[n].shape != state[n].shape]
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint {label} is of another backbone than {self.arch} with these arguments: {len(wrong)} names "
+                f"or shapes differ ({', '.join(wrong[:3])})"
+            )
+        self.load_state_dict(state)
+
+
+def _refuse_fixed(traits: Traits) -> None:
+    if traits.divisor is None:
+        height, width = traits.native
+        raise ValueError(
+            f"{traits.arch} takes images of {height} x {width} px only, and detection's sizes vary: give "
+            "img_size=(height, width), as large as your largest image, where the model has that argument, or choose "
+            "another model"
+        )
+
+
+def _resolve(out_indices: Sequence[int] | int | None, traits: Traits) -> tuple[int, ...]:
+    """The indices, none negative; those of the default where they are None."""
+    strides = list(PYRAMID_STRIDES) if traits.isotropic else [level["reduction"] for level in traits.info]
+    count = len(strides)
+    if out_indices is None:
+        return tuple(range(count)) if traits.isotropic else traits.default_indices
+    asked = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    resolved = tuple(i + count if isinstance(i, int) and -count <= i < 0 else i for i in asked)
+    if not resolved or any(not isinstance(i, int) or not 0 <= i < count for i in resolved):
+        raise ValueError(
+            f"out_indices={asked}: {traits.arch} has {count} maps, 0 to {count - 1}, at strides "
+            f"{', '.join(map(str, strides))}: choose among them"
+        )
+    if sorted(set(resolved)) != list(resolved):
+        raise ValueError(f"out_indices={asked} do not ascend: maps come from fine to coarse, list them so")
+    return resolved
+
 
 def _sides(img_size: Any) -> tuple[int, int]:
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if (
-        isinstance(sides, (str, bytes))
-        or len(tuple(sides)) != 2
-        or not all(isinstance(s, int) and s > 0 for s in sides)
-    ):
+    pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not pair or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"img_size={img_size!r}: give 'dynamic', or (height, width) in pixels")
     return tuple(sides)
 
@@ -348,19 +363,21 @@ def _rest_frozen(module: nn.Module) -> None:
 
 
 def _translate_foreign_names(module: Backbone, state_dict: dict, prefix: str, *_: Any) -> None:
-    """A detector's file of the authors holds the backbone under their names: ours take their place."""
-    theirs = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-    if not theirs or any(name.startswith(f"{prefix}net.") for name in theirs):
+    """A detector's file of the authors holds the backbone under their names: ours take their place.
+
+    Names that are not the model's stay, for the loader to report or, where it is not strict, to leave out.
+    """
+    theirs = {name.removeprefix(prefix): v for name, v in state_dict.items() if name.startswith(prefix)}
+    if not theirs or any(name.startswith("net.") for name in theirs):
         return
-    donor = load_donor(module.arch, module.build_args, dict(state_dict=_strip(theirs, prefix)))
+    try:
+        donor = load_donor(module.arch, module.build_args, dict(state_dict=theirs))
+    except CheckpointError as error:
+        print_log(str(error), logger="current", level=logging.WARNING)
+        return
     for name in theirs:
-        del state_dict[name]
+        del state_dict[prefix + name]
     state_dict.update({f"{prefix}net.{name}": value for name, value in donor.state_dict().items()})
-    own = module.state_dict()
-    for name in own:
+    for name, value in module.state_dict().items():
         if not name.startswith("net."):
-            state_dict.setdefault(prefix + name, own[name])
-
-
-def _strip(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items()}
+            state_dict[prefix + name] = theirs.get(name, value)

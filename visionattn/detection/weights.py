@@ -21,10 +21,14 @@ __all__ = ["CheckpointError", "load_donor", "read"]
 def read(checkpoint: str | os.PathLike, prefix: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a local file, with PyTorch's safe reader; those under ``prefix`` (removed), where it is given.
 
+    A detector's file with our backbone in it needs no prefix.
+
     Raises:
         FileNotFoundError, CheckpointError: one line each.
     """
     state = {name: value for name, value in read_state_dict(checkpoint).items() if isinstance(value, torch.Tensor)}
+    if not prefix and any(name.startswith("backbone.net.") for name in state):
+        prefix = "backbone."
     if not prefix:
         return state
     prefix = prefix.rstrip(".") + "."
