@@ -56,6 +56,8 @@ class Size:
     sample_steps: int
     head_dim: int = 32
     lr: float = 1e-3
+    flow_weight: float = 1.0  # published; 0 where a young teacher would be left behind for the pictures
+    downsample: int | None = None
 
     @property
     def pixels(self) -> int:
@@ -64,7 +66,8 @@ class Size:
 
 SIZES = {
     "full": Size(32, 8, 3, 6, 20000, 64, 12000, 64, 4000, 4, 1024, 4096, 25),
-    "cpu": Size(32, 2, 1, 2, 2000, 4, 500, 4, 200, 4, 32, 80, 8, lr=2e-3),
+    "cpu": Size(32, 2, 1, 2, 2000, 4, 500, 4, 160, 8, 32, 80, 8, lr=2e-3, flow_weight=0.0),
+    "cpu_pooled": Size(32, 2, 1, 2, 2000, 4, 500, 4, 100, 4, 32, 48, 8, lr=2e-3, flow_weight=0.0, downsample=4),
     "smoke": Size(8, 1, 1, 2, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
 
@@ -228,8 +231,10 @@ def distil(size: Size, work: Path, device: torch.device) -> Path:
     """The package's own run; returns the file in CLEAR's layout."""
     cfg = make(dict(
         model=str(work / "model"), cache=str(work / "cache"), output=str(work / "run"), radius=size.radius,
-        batch_size=size.distil_batch, steps=size.distil_steps, lr=size.lr / 2, warmup_steps=size.distil_steps // 20,
-        device=str(device), dtype="bfloat16" if device.type == "cuda" else "float32", gradient_checkpointing=False,
+        downsample=size.downsample,
+        batch_size=size.distil_batch, steps=size.distil_steps, lr=size.lr / 2, flow_weight=size.flow_weight,
+        warmup_steps=size.distil_steps // 20, device=str(device), gradient_checkpointing=False,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
         log_interval=max(1, size.distil_steps // 40), save_interval=max(1, size.distil_steps // 10),
         sample_interval=max(1, size.distil_steps // 3), samples=5, sample_steps=size.sample_steps,
     ))  # fmt: skip
@@ -301,10 +306,12 @@ def table(size: Size, work: Path, file: Path, net: torch.nn.Module, device: torc
     model = diffusers.FluxTransformer2DModel.from_pretrained(work / "model" / "transformer").to(device).eval()
     real = features(net, pictures(2 * HELD_OUT, size.generated, size.pixels)[0], device)
     rows, sheets, teacher, dense = [], [], None, None
-    for name, patch in (
+    pattern = Disk(size.radius, size.downsample)
+    name = f"disk {size.radius}" + (f" and pooled {size.downsample} x {size.downsample}" if size.downsample else "")
+    for label, patch in (
         ("dense teacher", None),
-        (f"disk {size.radius}, not trained", lambda: sparsify(model, Disk(size.radius))),
-        (f"disk {size.radius}, distilled", lambda: load_clear(model, file)),
+        (f"{name}, not trained", lambda: sparsify(model, pattern)),
+        (f"{name}, distilled", lambda: load_clear(model, file)),
     ):
         begin, handle = time.monotonic(), patch() if patch else None
         found, loss = predictions(model, size, device)
@@ -315,11 +322,11 @@ def table(size: Size, work: Path, file: Path, net: torch.nn.Module, device: torc
             handle.remove()
         teacher, dense = (found, own) if teacher is None else (teacher, dense)
         rows.append({
-            "model": name, "loss_to_teacher": F.mse_loss(found, teacher).item(), "flow_loss": loss,
+            "model": label, "loss_to_teacher": F.mse_loss(found, teacher).item(), "flow_loss": loss,
             "frechet_to_teacher": frechet(own, dense), "frechet_to_pictures": frechet(own, real),
         })  # fmt: skip
         sheets.append(images[:10] / 2 + 0.5)
-        print(f"{name}: {rows[-1]}  {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"{label}: {rows[-1]}  {time.monotonic() - begin:.0f} s", flush=True)
     for key in ("loss_to_teacher", "flow_loss", "frechet_to_teacher", "frechet_to_pictures"):
         low, high = rows[0][key], rows[1][key]
         for row in rows:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--build-cache", action="store_true", help="encode images= into cache=, and train nothing")
     parser.add_argument("--restart", action="store_true", help="begin anew instead of going on with output='s run")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options that replace the file's")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         cfg = config.make(config.read_yaml(args.config) | config.pairs(args.options))
         if args.build_cache:
