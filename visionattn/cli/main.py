@@ -9,9 +9,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from . import bench, doctor, maps, models, predict, simulate, weights
+from . import bench, compare, doctor, maps, models, predict, simulate, weights
 
-GROUPS = (models, weights, doctor, bench, predict, maps, simulate)
+GROUPS = (models, weights, doctor, bench, predict, maps, simulate, compare)
 
 
 class Parser(argparse.ArgumentParser):
