@@ -145,8 +145,11 @@ def table(rows: list[dict], which: str, baseline: str) -> str:
 def write_tables(rows: list[dict], document: Path) -> None:
     """Puts both tables between the marks of the document, with what made them."""
     made = sorted({f"torch {r['torch']} on {r['device']}, {r['epochs']} epochs" for r in rows})
-    text = f"\nMade with {'; '.join(made)}.\n\n### One host, all mechanisms\n\n{table(rows, 'mixers', 'softmax')}\n\n"
-    text += f"### MAViT's own attention and softmax\n\n{table(rows, 'hosts', 'test_mala, softmax in all stages')}\n\n"
+    text = f"\nMade with {'; '.join(made)}.\n\n"
+    titles = {"mixers": "One host, all mechanisms", "hosts": "MAViT's own attention and softmax"}
+    for which, baseline in (("mixers", "softmax"), ("hosts", "test_mala, softmax in all stages")):
+        there = any(row["table"] == which for row in rows)
+        text += f"### {titles[which]}\n\n{table(rows, which, baseline) if there else 'Not run yet.'}\n\n"
     old = document.read_text()
     if BEGIN not in old or END not in old:
         raise SystemExit(f"digits.py: {document} has no place for the tables, between {BEGIN!r} and {END!r}")
@@ -182,6 +185,8 @@ def main() -> None:
                 writer.writerows(rows)
             os.replace(temporary, args.csv)
             write_tables(rows, args.document)
+    if rows:
+        write_tables(rows, args.document)
     print(f"digits.py: {args.csv} and {args.document} hold {len(rows)} runs", file=sys.stderr)
 
 
