@@ -306,6 +306,44 @@ def test_compiled_blocks_stay_whole():
     torch._dynamo.reset()
 
 
+def test_beside_lora_ip_adapter_fused_projections_and_offload():
+    require_extra("peft")
+    import accelerate
+    from peft import LoraConfig
+
+    net = unet()
+    blocks = [name.removesuffix(".processor") for name in net.attn_processors if name.endswith("attn2.processor")]
+    with visionattn.agent_sd(net, agent_steps=5) as handle:
+        plain = call(net)
+        net.fuse_qkv_projections()
+        torch.testing.assert_close(call(net), plain)
+        net.unfuse_qkv_projections()
+        net.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+        styled = call(net)
+        net.fuse_lora()
+        torch.testing.assert_close(call(net), styled, rtol=1e-4, atol=1e-4)
+        net.unfuse_lora()
+        net.disable_adapters()
+        torch.testing.assert_close(call(net), plain, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(styled, plain, atol=1e-2)
+        weights = {}
+        for i, name in enumerate(blocks):
+            width = net.get_submodule(name).to_k.out_features
+            weights |= {f"{2 * i + 1}.to_{x}_ip.weight": tiny.noise(width, 8, seed=i) for x in "kv"}
+        image = {"proj.weight": tiny.noise(32, 6), "proj.bias": torch.zeros(32)}
+        image |= {"norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
+        net._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}], low_cpu_mem_usage=False)
+        embeds = {"image_embeds": [tiny.noise(2, 1, 6)]}
+        inputs = tiny.noise(2, 4, 16, 13), 900, tiny.noise(2, 7, 8, seed=2)
+        with torch.no_grad():
+            seen = net(*inputs, added_cond_kwargs=embeds).sample
+            accelerate.cpu_offload(net, execution_device="cpu")
+            torch.testing.assert_close(net(*inputs, added_cond_kwargs=embeds).sample, seen)
+        assert not torch.allclose(seen, plain, atol=1e-2)
+        row = handle.report().rows[0]
+        assert (row["agent"], row["dense"]) == (7, 0)
+
+
 def test_errors_are_one_line(pipe):
     for message, kwargs in {
         "ratio=1.0: give a share": {"ratio": 1.0},
