@@ -21,9 +21,16 @@ ensure_mmcv_ops()  # before anything imports mmdet.models or mmcv.ops
 
 from .registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 
-__all__ = ["MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "Backbone", "SimpleFeaturePyramid", "ensure_mmcv_ops"]
+_LAZY = {
+    "Backbone": ".backbone",
+    "ELADilatedEncoder": ".ela",
+    "ELAYOLOX": ".ela",
+    "ELAYOLOXPAFPN": ".ela",
+    "LayerDecayOptimWrapperConstructor": ".optim",
+    "SimpleFeaturePyramid": ".pyramid",
+}
 
-_LAZY = {"Backbone": ".backbone", "SimpleFeaturePyramid": ".pyramid"}
+__all__ = ["MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "ensure_mmcv_ops", *_LAZY]
 
 
 def __getattr__(name: str):

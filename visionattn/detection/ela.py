@@ -9,9 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmdet.models.detectors import YOLOX
-from mmdet.models.necks import YOLOXPAFPN, DilatedEncoder
 from torch import nn
+
+try:
+    from mmdet.models.detectors import YOLOX
+    from mmdet.models.necks import YOLOXPAFPN, DilatedEncoder
+except ModuleNotFoundError as error:
+    if error.name != "mmdet":
+        raise
+    raise ImportError("visionattn.detection.ela needs mmdet: pip install 'visionattn[detection]'") from error
 
 from visionattn.layers.ela import ELA
 from visionattn.layers.residual import Residual
