@@ -75,7 +75,11 @@ def demo_config(
         cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
     cfg.work_dir = str(work_dir)
     if distributed:
+        from mmengine.device import get_device
+
         cfg.launcher = "pytorch"
+        if get_device() == "cpu":  # mmengine's default wrapper asks for a GPU's index
+            cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     return cfg
 
 
@@ -144,8 +148,10 @@ def run_demo(
     numbers = dict(train=16, val=4) if quick else {}
     data_root = work_dir / ("data_quick" if quick else "data")
     cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed)
-    if (run_dir / "last_checkpoint").exists() and not resume and os.environ.get("RANK", "0") == "0":
+    if (run_dir / "last_checkpoint").exists() and not resume:
         raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --work-dir starts anew")
+    if os.environ.get("RANK", "0") == "0" and not data_root.exists():
+        print(f"making the pictures, about half a minute: {data_root}", flush=True)
     make_demo_set(data_root, **numbers)
     if quick:
         _shorten(cfg)

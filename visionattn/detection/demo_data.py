@@ -311,3 +311,22 @@ def _holds(folder: Path, info: dict[str, Any]) -> bool:
 
 def _named(info: dict[str, Any]) -> str:
     return f"{info['train']} + {info['val']} pictures, seed {info['seed']}"
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m visionattn.detection.demo_data", description="Writes the set.")
+    parser.add_argument("folder", nargs="?", default="data/visionattn_demo")
+    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--val", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        print(make_demo_set(args.folder, args.train, args.val, args.seed))
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
