@@ -58,6 +58,7 @@ class Size:
     lr: float = 1e-3
     flow_weight: float = 1.0  # published; 0 where a young teacher would be left behind for the pictures
     downsample: int | None = None
+    warmup: int = 8  # updates of the distillation
 
     @property
     def pixels(self) -> int:
@@ -65,9 +66,8 @@ class Size:
 
 
 SIZES = {
-    "full": Size(32, 8, 3, 6, 20000, 64, 12000, 64, 4000, 4, 1024, 4096, 25),
-    "cpu": Size(32, 2, 1, 2, 2000, 4, 500, 4, 160, 8, 32, 80, 8, lr=2e-3, flow_weight=0.0),
-    "cpu_pooled": Size(32, 2, 1, 2, 2000, 4, 500, 4, 100, 4, 32, 48, 8, lr=2e-3, flow_weight=0.0, downsample=4),
+    "full": Size(32, 8, 3, 6, 20000, 64, 12000, 64, 4000, 4, 1024, 4096, 25, warmup=200),
+    "cpu": Size(32, 2, 1, 2, 2000, 4, 500, 4, 96, 8, 32, 48, 8, lr=2e-3, flow_weight=0.0),
     "smoke": Size(8, 1, 1, 2, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
 
@@ -233,7 +233,7 @@ def distil(size: Size, work: Path, device: torch.device) -> Path:
         model=str(work / "model"), cache=str(work / "cache"), output=str(work / "run"), radius=size.radius,
         downsample=size.downsample,
         batch_size=size.distil_batch, steps=size.distil_steps, lr=size.lr / 2, flow_weight=size.flow_weight,
-        warmup_steps=size.distil_steps // 20, device=str(device), gradient_checkpointing=False,
+        warmup_steps=size.warmup, device=str(device), gradient_checkpointing=False,
         dtype="bfloat16" if device.type == "cuda" else "float32",
         log_interval=max(1, size.distil_steps // 40), save_interval=max(1, size.distil_steps // 10),
         sample_interval=max(1, size.distil_steps // 3), samples=5, sample_steps=size.sample_steps,
