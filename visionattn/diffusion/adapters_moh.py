@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionattn.layers.moh import MoHAttention
-
 from .adapters import Adapter, Site, _need, _patches, register_adapter
 from .layout import Layout
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether it is a ``MoHAttention``: known by what the patch uses, since this room imports of ours ops alone."""
+    return callable(getattr(type(module), "attend", None)) and hasattr(module, "scale")
 
 
 class Attend:
     """In place of a ``MoHAttention``'s ``attend``; a copy of the module gets its class's own back."""
 
-    def __init__(self, layer: Any, module: MoHAttention):
+    def __init__(self, layer: Any, module: nn.Module):
         self.layer = layer
         self.module = module
         self.original = module.attend
@@ -69,9 +72,13 @@ class MoHDiT(Adapter):
     models = ("MoHDiTTransformer2DModel", "DiT")
 
     def sites(self, transformer: nn.Module) -> list[Site]:
-        return [
-            AttendSite(name, module) for name, module in transformer.named_modules() if isinstance(module, MoHAttention)
-        ]
+        sites = [AttendSite(name, module) for name, module in transformer.named_modules() if _attends(module)]
+        if not sites:
+            raise ValueError(
+                f"this {type(transformer).__name__} is not visionattn's: write an adapter of its own for it with "
+                "visionattn.diffusion.register_adapter"
+            )
+        return sites
 
     def bind(self, transformer: nn.Module, args: tuple, kwargs: dict) -> dict:
         call = super().bind(transformer, args, kwargs)
