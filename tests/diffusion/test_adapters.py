@@ -169,6 +169,8 @@ def test_a_bare_moh_dit(models):
         assert torch.equal(model(x, t + 200, y), late) and torch.equal(model(x, t, y), dense)
     assert not torch.allclose(sparse, dense, atol=1e-2)
     assert all("attend" not in vars(block.attn) for block in model.blocks)
+    with pytest.raises(ValueError, match="this DiT is not visionattn's"):
+        sparsify(type("DiT", (torch.nn.Module,), {})(), Disk(2))
 
 
 def test_dense_steps_follow_the_timestep(models):
