@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from tests.extras import require_extra
 from visionattn.cli.main import build_parser
 
 FORKS = """
@@ -58,6 +59,10 @@ USES = {
         lambda r: r["layers"] and r["pictures"]["overlay"],
     ),
     "simulate": (["simulate", "disk:16", "--size", "512"], lambda r: r),
+    "compare": (
+        ["compare", "disk:2", "--tiny", "--height", "64", "--width", "64", "--steps", "1", "--no-warmup", "--out", "x"],
+        lambda r: r,
+    ),
     "weights list": (["weights", "list", "*.digits"], lambda r: all(row["hash"] == "manifest" for row in r)),
     "weights fetch": (["weights", "fetch", "test_ela.digits"], lambda r: "test_ela.digits" in r["file"]),
     "weights verify": (["weights", "verify", "FILE"], lambda r: r["hash"] == "as the manifest says"),
@@ -82,6 +87,7 @@ def commands() -> list[str]:
 def results(tmp_path_factory):
     from visionattn.checkpoints import fetch
 
+    require_extra("diffusers", "diffusion")  # of compare
     folder = tmp_path_factory.mktemp("uses")
     file = str(fetch("test_ela.digits"))
     calls = [[*name.split(), "--help"] for name in commands()]
