@@ -57,6 +57,10 @@ STEPS = [
     Step("train-loop", 3, "python benchmarks/train_loop.py"),
     # diffusion
     Step("flux-compile", 8, "python benchmarks/flux.py --compile --seconds 460"),
+    Step("agent-sd", 3, "python benchmarks/agent_sd.py"),
+    # detection
+    Step("mmcv-tests", 1, f"{PYTEST} tests/detection/test_mmcv_ops.py"),
+    Step("detection", 4, "python benchmarks/detection.py"),
     # training
     Step("cluster", 2, "python -m visionattn.training.graph --config configs/graph/cluster.yaml --max-seconds 120"),
 ]  # fmt: skip
