@@ -250,31 +250,29 @@ def free_ports(count: int) -> str:
 
 
 def test_two_sharded_ranks_are_one_process_with_twice_the_batch(world, tmp_path):
-    options = dict(world, downsample=2, steps=4, grad_accum=2, samples=2, sample_steps=2, clip_grad=0.5)
+    options = dict(world, downsample=2, steps=4, grad_accum=2, samples=1, sample_steps=1, clip_grad=0.5)
     config = write_config(tmp_path / "c.yaml", options)
-    one, two, mixed = (tmp_path / n for n in ("one", "two", "mixed"))
+    one, mixed, half = (tmp_path / n for n in ("one", "mixed", "half"))
+    # one process, then two ranks that go on with its state, then one process that goes on with theirs
+    assert run_command("--config", config, "batch_size=2", f"output={mixed}", "stop_step=1") == 0
     sharded = f"2 --config {config} fsdp=true batch_size=1"
-    half = tmp_path / "half"
-    commands = [f"{sharded} output={mixed} stop_step=2 sample_interval=2", f"{sharded} output={two} stop_step=3",
-                f"{sharded} output={two}", f"{sharded} output={half} steps=1 dtype=bfloat16"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", LAUNCH, free_ports(4), *commands], cwd=ROOT, capture_output=True,
+    commands = [f"{sharded} output={mixed} stop_step=3 sample_interval=2",
+                f"{sharded} output={half} steps=1 dtype=bfloat16"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LAUNCH, free_ports(2), *commands], cwd=ROOT, capture_output=True,
                           text=True, timeout=560)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert states(mixed)["step"] == 2 and (mixed / "samples" / "000000.png").is_file()
-    for folder in (one, mixed):  # the second goes on with the shards' state in one process
+    assert states(mixed)["step"] == 3 and (mixed / "samples" / "000002.png").is_file()
+    for folder in (one, mixed):
         assert run_command("--config", config, f"output={folder}", "batch_size=2") == 0
-    expected = states(one)
-    for folder in (two, mixed):
-        found = states(folder)
-        assert found["step"] == 4 and found["seen"] == 16 and len(found["history"]) == 4
-        for a, b in zip(expected["history"], found["history"], strict=True):
-            assert a == pytest.approx(b, rel=1e-4)
-        for name, value in expected["trained"].items():
-            if "to_k.bias" not in name:  # its gradient is rounding: a bias of all keys moves all logits alike
-                torch.testing.assert_close(found["trained"][name], value, rtol=0, atol=1e-4, msg=name)
-    assert (
-        run_command("--config", config, f"output={one}", "--restart", "batch_size=2", "steps=1", "dtype=bfloat16") == 0
-    )
+    expected, found = states(one), states(mixed)
+    assert found["step"] == 4 and found["seen"] == 16 and len(found["history"]) == 4
+    for a, b in zip(expected["history"], found["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for name, value in expected["trained"].items():
+        if "to_k.bias" not in name:  # its gradient is rounding: a bias of all keys moves all logits alike
+            torch.testing.assert_close(found["trained"][name], value, rtol=0, atol=1e-4, msg=name)
+    restart = ("--restart", "batch_size=2", "steps=1", "dtype=bfloat16")
+    assert run_command("--config", config, f"output={one}", *restart) == 0
     assert states(half)["history"][0] == pytest.approx(states(one)["history"][0], rel=2e-2)
     assert all(v.dtype == torch.float32 for v in states(half)["trained"].values())
     assert all(v.dtype == torch.bfloat16 for v in load_file(half / "clear_local_2_down_2.safetensors").values())
