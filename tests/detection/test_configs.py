@@ -81,6 +81,10 @@ STEPS = [
 ]
 
 
+# RetinaNet takes no map at stride 4, so that map's norm learns nothing; its config finds unused parameters
+UNUSED = {"mala": {f"backbone.net.model.extra_norms.0.norm.{kind}" for kind in ("weight", "bias")}}
+
+
 def test_a_step_of_each_kind():
     def kind(path: str) -> tuple[str, str]:
         return path.partition("/")[0], re.match(r"(cascade-)?[a-z]+(-rcnn)?", path.partition("/")[2])[0]
@@ -104,6 +108,9 @@ def test_training_step(path):
     init_default_scope("mmdet")
     model = revert_sync_batchnorm(MODELS.build(cfg.model))  # no init_weights: it would read checkpoints
     model.train()
+    for norm in model.modules():  # HaloNet's residual branches end in weights of zero, which let no gradient through
+        if isinstance(norm, torch.nn.BatchNorm2d) and not norm.weight.any():
+            torch.nn.init.ones_(norm.weight)
     cfg.optim_wrapper.type = "OptimWrapper"  # AMP asks for a GPU
     cfg.optim_wrapper.pop("loss_scale", None)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -113,12 +120,17 @@ def test_training_step(path):
         2, [[3, side, side], [3, side, side - 7]], num_items=[2, 1], with_mask="rcnn" in path,
         num_classes=cfg.model.get("bbox_head", {}).get("num_classes", 80),
     )  # fmt: skip
-    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters() if p.requires_grad}
-    log = model.train_step(data, optim)
+    loss, log = model.parse_losses(model(**model.data_preprocessor(data, True), mode="loss"))
+    optim.backward(loss)
     assert all(torch.isfinite(torch.as_tensor(v)).all() for v in log.values()), log
-    still = [name for name, p in model.backbone.named_parameters() if name in before and torch.equal(p, before[name])]
-    # tables and biases start where some gradients are exactly zero; most of a backbone moves
-    assert len(still) < 0.1 * len(before), still
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    unused = {name for name, g in gradients.items() if g is None}
+    assert unused <= UNUSED.get(path.partition("/")[0], set())
+    found = [g for g in gradients.values() if g is not None]
+    assert all(g.isfinite().all() for g in found)
+    assert sum(bool(g.any()) for g in found) > 0.7 * len(found)
+    optim.step()
+    assert all(p.isfinite().all() for p in model.parameters())
     if path.startswith("agent_swin"):
         groups = {id(p): g for g in optim.param_groups for p in g["params"]}
         decays = {name: groups[id(p)]["weight_decay"] for name, p in model.named_parameters()}
