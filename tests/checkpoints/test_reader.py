@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.extras import require_extra
 from visionattn.checkpoints import CheckpointError, CorruptCheckpoint, Limits, UnsafeCheckpoint, read_checkpoint
 
 from . import fuzz
@@ -89,6 +90,34 @@ def test_reads_a_cfg_node_without_yacs(tmp_path, zipped, monkeypatch):
     read = read_checkpoint(path)
     assert read["config"] == {"MODEL": {"NAME": "agent"}, "SEED": 3}
     assert read["config"].kind == "yacs.config.CfgNode"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reads_a_run_of_mmengine(tmp_path, zipped):
+    """Beside its weights a Runner saves logged histories: objects of its own, with numpy arrays and bound methods."""
+    logging = require_extra("mmengine.logging", "detection")
+    history = logging.HistoryBuffer([1.5, 2.5], [1, 1])
+    hub = {"log_scalars": collections.OrderedDict(loss=history), "runtime_info": collections.OrderedDict(iter=3)}
+    meta = dict(epoch=1, dataset_meta=dict(classes=("a", "b"), palette=[(1, 2, 3)]))
+    path = save({"state_dict": {"w": torch.ones(2)}, "meta": meta, "message_hub": hub}, tmp_path / "a.pth", zipped)
+    read = read_checkpoint(path)
+    assert torch.equal(read["state_dict"]["w"], torch.ones(2)) and read["meta"] == meta
+    kept = read["message_hub"]["log_scalars"]["loss"]
+    assert kept.kind == "mmengine.logging.history_buffer.HistoryBuffer" and kept["_log_history"]["shape"] == (2,)
+    assert type(kept["_statistics_methods" if "_statistics_methods" in kept else "statistics_methods"]) is dict
+    assert read["message_hub"]["runtime_info"] == {"iter": 3}
+
+
+@pytest.mark.parametrize("owner", [b"cbuiltins\nobject\n", b"cnumpy\nndarray\n", b"ccollections\nOrderedDict\n"])
+def test_getattr_is_for_records_alone(tmp_path, owner):
+    """What is looked up in a class that the file names could be a way out; only records' method names are kept."""
+    pickled = b"\x80\x02cbuiltins\ngetattr\n" + owner + b"X\x0e\x00\x00\x00__subclasses__\x86R."
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("a/data.pkl", pickled)
+        z.writestr("a/version", "3")
+    with pytest.raises(UnsafeCheckpoint, match=r"getattr"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

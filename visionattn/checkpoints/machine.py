@@ -54,8 +54,11 @@ class TensorRef:
     dtype: str | None = None
 
 
-RECORDS = {"argparse.Namespace", "yacs.config.CfgNode", "types.SimpleNamespace", "easydict.EasyDict"}
-_CONSTANTS = {"torch.Size", "torch.device", "collections.OrderedDict", "collections.defaultdict"}
+RECORDS = {
+    "argparse.Namespace", "yacs.config.CfgNode", "types.SimpleNamespace", "easydict.EasyDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",  # the losses that mmengine's Runner saves beside its weights
+}  # fmt: skip
+_CONSTANTS = {"torch.Size", "torch.device", "collections.OrderedDict", "collections.defaultdict", "numpy.ndarray"}
 _SCALARS = (str, int, float, bool, bytes, type(None))
 _MARK = object()
 
@@ -124,8 +127,26 @@ _NUMPY_CODES.add("b1")
 
 
 def _numpy_dtype(args: tuple) -> Inert:
-    record = Inert(code=args[0] if isinstance(args[0], str) else None)
-    record.kind = "numpy.dtype"
+    return _inert("numpy.dtype", code=args[0] if isinstance(args[0], str) else None)
+
+
+def _numpy_array(args: tuple) -> Inert:
+    # a logged history: what it holds is not needed, so its bytes are never made an array
+    if not isinstance(args[0], Name) or args[0].path != "numpy.ndarray":
+        raise UnsafeCheckpoint("it holds an array of a class that numpy does not have")
+    return _inert("numpy.ndarray")
+
+
+def _method(args: tuple) -> Inert:
+    # mmengine's history names its own methods; the name is kept, nothing is looked up
+    if len(args) != 2 or not isinstance(args[0], Name) or args[0].path not in RECORDS or not isinstance(args[1], str):
+        raise UnsafeCheckpoint(_refusal("builtins.getattr"))
+    return _inert("builtins.getattr", of=args[0].path, name=args[1])
+
+
+def _inert(kind: str, **fields: Any) -> Inert:
+    record = Inert(**fields)
+    record.kind = kind
     return record
 
 
@@ -144,9 +165,7 @@ def _reconstructor(args: tuple) -> Inert:
 def _record(path: str) -> Inert:
     if path not in RECORDS:
         raise UnsafeCheckpoint(_refusal(path))
-    record = Inert()
-    record.kind = path
-    return record
+    return _inert(path)
 
 
 def _refusal(path: str) -> str:
@@ -167,7 +186,11 @@ REDUCERS: dict[str, Callable[[tuple], Any]] = {
     "__builtin__.set": lambda args: list(args[0]) if args and isinstance(args[0], list | tuple) else [],
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.multiarray._reconstruct": _numpy_array,
+    "numpy._core.multiarray._reconstruct": _numpy_array,
     "numpy.dtype": _numpy_dtype,
+    "builtins.getattr": _method,
+    "__builtin__.getattr": _method,
     "_codecs.encode": _encode,
     "copy_reg._reconstructor": _reconstructor,
     "copyreg._reconstructor": _reconstructor,
@@ -347,6 +370,11 @@ class Machine:
         if target.kind == "numpy.dtype":
             if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|"):
                 target["order"] = state[1]
+            return
+        if target.kind == "numpy.ndarray":
+            if not isinstance(state, tuple) or len(state) != 5:
+                raise CorruptCheckpoint("an array has no shape")
+            target["shape"] = _whole(state[1], "shape")
             return
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
             state = {**(state[0] or {}), **state[1]} if isinstance(state[0], dict | None) else None

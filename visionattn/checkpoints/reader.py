@@ -67,7 +67,7 @@ class Limits:
 def read_checkpoint(path: str | os.PathLike, limits: Limits | None = None) -> Any:
     """The content of a checkpoint file, as data.
 
-    Instances of argparse.Namespace and yacs.config.CfgNode are read as :class:`Inert` dicts; anything else that is not
+    Instances of :data:`visionattn.checkpoints.machine.RECORDS` are read as :class:`Inert` dicts; what else is not
     data is refused by name. Tensors come on the CPU, without gradients; what shared memory in the file does so here.
 
     Raises:
