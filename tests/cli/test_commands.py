@@ -52,7 +52,9 @@ def test_info_counts(capsys):
 
 def test_doctor_says_what_runs(capsys):
     facts = json.loads(call("doctor", "--json", capsys=capsys))
-    assert facts["torch"] and facts["timm"] and "halo attention" in facts
+    assert facts["torch"] and facts["timm"]
+    kernels = [facts[name] for name in facts if name.endswith(("attention", "heads", "residual"))]
+    assert len(kernels) == 7 and all(k.startswith(("triton", "reference; not triton: ")) for k in kernels)
     assert facts["extra diffusion"].startswith(("installed", "not installed: pip install"))
 
 

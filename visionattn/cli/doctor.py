@@ -8,11 +8,13 @@ from typing import Any
 
 from .table import Facts
 
+# module that an extra brings, distributions it may come from, what it adds
 EXTRAS = {
-    "diffusion": ("diffusers", "sparse attention in diffusers pipelines, DiT sampling"),
-    "detection": ("mmdet", "backbones under mmdet detectors"),
-    "natten": ("natten", "NATTEN's kernels as another backend of local attention"),
-    "dev": ("pytest", "the tests"),
+    "diffusion": ("diffusers", ("diffusers",), "sparse attention in diffusers pipelines, DiT sampling"),
+    "detection": ("mmdet", ("onedl-mmdetection", "mmdet"), "backbones under mmdet detectors"),
+    "natten": ("natten", ("natten",), "NATTEN's kernels as another backend of local attention"),
+    "graph": ("skimage", ("scikit-image",), "superpixel graphs, similarity of pictures"),
+    "dev": ("pytest", ("pytest",), "the tests"),
 }
 
 
@@ -40,15 +42,16 @@ def doctor(args: argparse.Namespace) -> Facts:
         "timm": _version("timm"),
         "triton": _version("triton") or "not installed: kernels cannot run",
         "GPU": _gpu(),
-        "halo attention": _halo(),
     }
-    for name, (package, adds) in EXTRAS.items():
-        installed = importlib.util.find_spec(package) is not None
-        facts[f"extra {name}"] = (
-            f"installed ({package} {_version(package) or ''})".replace(" )", ")")
-            if installed
-            else f"not installed: pip install 'visionattn[{name}]' adds {adds}"
-        )
+    facts |= {name: _state(reason) for name, reason in _kernels().items()}
+    for name, (module, distributions, adds) in EXTRAS.items():
+        facts[f"extra {name}"] = f"not installed: pip install 'visionattn[{name}]' adds {adds}"
+        if importlib.util.find_spec(module) is not None:
+            found = next((f"{d} {_version(d)}" for d in distributions if _version(d)), module)
+            facts[f"extra {name}"] = f"installed ({found})"
+    if importlib.util.find_spec("mmcv") is not None:
+        compiled = importlib.util.find_spec("mmcv._ext") is not None
+        facts["mmcv's operators"] = "compiled" if compiled else "from torchvision's kernels (docs/mmcv-ops.md)"
     return Facts(facts)
 
 
@@ -61,14 +64,38 @@ def _gpu() -> str:
     return f"{props.name}, {props.total_memory / 2**30:.0f} GiB, compute capability {props.major}.{props.minor}"
 
 
-def _halo() -> str:
+def _state(reason: str | None) -> str:
+    return "triton" if reason is None else f"reference; not triton: {reason}"
+
+
+def _kernels() -> dict[str, str | None]:
+    """For each operator with kernels, why a usual call here does not get them from ``backend='auto'``, or None."""
     import torch
 
-    from visionattn.ops.halo import can_run_triton
+    from visionattn.ops import halo, local, moh
+    from visionattn.ops.aggregated import api as aggregated
+    from visionattn.ops.graph.api import can_run_triton as graph_runs
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q = torch.zeros(1, 8, 8, 1, 16, device=device, dtype=dtype)
-    table = torch.zeros(27, 16, device=device, dtype=dtype)
-    reason = can_run_triton(q, q, q, table, table, 8, 3)
-    return "triton" if reason is None else f"reference; not triton: {reason}"
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    q, table = zeros(1, 8, 8, 1, 16), zeros(27, 16)
+    tokens, gates = zeros(1, 64, 1, 64), zeros(1, 64, 1)
+    with torch.no_grad():
+        routed = moh.can_run_triton(tokens, tokens, tokens, gates)
+    found = local.explain(tokens, tokens, tokens, (8, 8), local.Neighborhood(5))
+    waiting = None if device == "cpu" else "'auto' waits for its tests to pass on a GPU; backend='triton' asks for it"
+    graph_ok, graph_reason = graph_runs(zeros(16, 1, 16))
+    cpu = "the kernels run on CUDA" if device == "cpu" else None
+    return {
+        "halo attention": halo.can_run_triton(q, q, q, table, table, 8, 3),
+        "local attention": found.unavailable.get("triton"),
+        "mixture of heads": routed,
+        "aggregated attention": aggregated.can_run_triton(tokens) or (None if aggregated._PROVEN else waiting),
+        "graph attention": None if graph_ok else graph_reason,
+        "InLine attention": cpu or waiting,
+        "depthwise residual": cpu or waiting,
+    }
