@@ -75,3 +75,17 @@ def test_readme_of_diffusers_runs_on_a_cpu():
     assert names["image"].size == (256, 256)
     assert all(row["sparse"] and not row["dense"] for row in names["handle"].report().rows)
     assert torch.equal(image(), dense)
+
+
+def test_the_walk_of_the_manual(capsys):
+    """The blocks of docs/diffusion.md's walk, one after the other, print what stands below them, but for times."""
+    require_extra("diffusers", "diffusion")
+    text = (ROOT / "docs" / "diffusion.md").read_text(encoding="utf-8")
+    walk = text.partition("## A walk")[2].partition("\n## ")[0]
+    found = re.findall(r"```python\n(.*?)```\n(?:\n((?:    .*\n)+))?", walk, re.DOTALL)
+    assert len(found) == 3
+    names: dict = {}
+    for code, expected in found:
+        exec(compile(code, "docs/diffusion.md", "exec"), names)
+        printed, shown = (re.sub(r"[\d.]+ ms", "ms", " ".join(t.split())) for t in (capsys.readouterr().out, expected))
+        assert shown.removeprefix("... ") in printed and shown, f"{shown}\n is not in\n{printed}"

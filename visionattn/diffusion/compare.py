@@ -149,6 +149,8 @@ def compare(
     facts = {**dict(settings or {}), **{k: _plain(v) for k, v in arguments.items()}}
     folder = Path(folder)
     with _locked(folder):
+        for left in folder.rglob(".*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         _same_settings(folder, facts)
         run = _Run(pipe, folder, arguments, warmup, progress or (lambda line: None))
         wanted = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
