@@ -78,7 +78,7 @@ def test_fused_and_unfused_agree_with_what_was_computed(vit):
         (timm.layers.Attention, [0, 1, 2, 3, 4, 5]),
         (lambda name: name.startswith("blocks.1"), [1]),
     ],
-    ids=str,
+    ids=["name", "pattern", "number", "list", "class", "function"],
 )
 def test_layers(vit, layers, expected):
     assert attention_maps(vit, X, layers).keys() == [f"blocks.{i}.attn" for i in expected]
