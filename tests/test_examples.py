@@ -82,7 +82,7 @@ def test_the_walk_of_the_manual(capsys):
     require_extra("diffusers", "diffusion")
     text = (ROOT / "docs" / "diffusion.md").read_text(encoding="utf-8")
     walk = text.partition("## A walk")[2].partition("\n## ")[0]
-    found = re.findall(r"```python\n(.*?)```\n(?:\n((?:    .*\n)+))?", walk, re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```\n(?:\n((?:    [^\n]*\n)+))?", walk, re.DOTALL)
     assert len(found) == 3
     names: dict = {}
     for code, expected in found:
