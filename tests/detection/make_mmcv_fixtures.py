@@ -3,9 +3,9 @@
 Not run by CI: it needs mmcv's kernels, built from the source distribution (its ``mmcv/ops/csrc`` folder)::
 
     pip download --no-deps --no-binary :all: --no-build-isolation onedl-mmcv==2.3.6 && tar xzf onedl_mmcv-2.3.6.tar.gz
-    python tests/detection/make_mmcv_fixtures.py build onedl_mmcv-2.3.6/mmcv/ops/csrc /tmp/mmcv-kernels
-    python tests/detection/make_mmcv_fixtures.py record /tmp/mmcv-kernels    # tests/fixtures/mmcv_ops/*.npz
-    python tests/detection/make_mmcv_fixtures.py compare /tmp/mmcv-kernels   # the table of docs/mmcv-ops.md
+    python tests/detection/make_mmcv_fixtures.py build onedl_mmcv-2.3.6/mmcv/ops/csrc FOLDER
+    python tests/detection/make_mmcv_fixtures.py record FOLDER    # tests/fixtures/mmcv_ops/*.npz
+    python tests/detection/make_mmcv_fixtures.py compare FOLDER   # the table of docs/mmcv-ops.md
 
 mmcv has CPU kernels for some of the operators only (NMS, RoIAlign, deformable convolution). The CUDA kernels of the
 others are written one element a thread, so they are compiled for the host too, with a loop for the threads
