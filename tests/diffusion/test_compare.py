@@ -162,12 +162,16 @@ def test_goes_on_after_an_interruption(pipe, tmp_path, monkeypatch):
     assert "7 pictures are missing" in page and page.count("<img ") == 5
     lost = next(folder.glob("pictures/*/disk-1.png"))
     lost.unlink()  # a picture that is gone is made again
+    leftovers = [folder / ".results.csv.123.tmp", lost.with_name(".all.png.123.tmp"), folder / ".mine.tmp"]
+    for path in leftovers:
+        path.touch()
 
     lines = []
     with monkeypatch.context() as m:
         counted = Interrupted(m, pipe)
         run(pipe, folder, progress=lines.append)
         assert counted.calls == 8 and lines[0] == "4 pictures are there already"
+        assert [path.exists() for path in leftovers] == [False, False, True]
         run(pipe, folder)
         assert counted.calls == 8
         more = run(pipe, folder, {"disk:2": Disk(2)}, seeds=[0])
@@ -274,6 +278,7 @@ def test_command(pipe, tmp_path, capsys):
         (["--prompts", "none.txt"], "--prompts none.txt is not a file"),
         (["--set", "guidance"], "--set 'guidance': write NAME=VALUE"),
         (["--set", "prompt=x"], "prompt is set by the comparison itself"),
+        (["--set", "frames=3"], "FluxPipeline takes no frames: it takes prompt, "),
         (["--device", "nonsense"], "--device nonsense can't be used"),
         (["--offload", "model"], "--offload model needs an accelerator"),
         (["--pipeline", "./none"], "--pipeline ./none can't be loaded as a diffusers pipeline: "),

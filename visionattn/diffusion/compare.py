@@ -135,22 +135,22 @@ def compare(
         progress: gets a line for every picture.
 
     Raises:
-        ValueError: for no or doubled prompts, seeds or methods, a pipeline without a prompt, a patch that fails, or a
+        ValueError: for no or doubled prompts, seeds or methods, a pipeline that is not prompted or does not take the
+            arguments, a patch that fails, or a
             folder that holds another comparison or is in use.
     """
-    _check(pipe, methods, prompts, seeds)
+    arguments = dict(arguments or {})
+    _check(pipe, methods, prompts, seeds, arguments)
     patches = {name: _patch(method, dict(options or {})) for name, method in methods.items()}
     for name, patch in patches.items():  # before hours of dense pictures; also refuses a pipeline that is patched
         try:
             patch(pipe).remove()
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
-    arguments = dict(arguments or {})
     facts = {**dict(settings or {}), **{k: _plain(v) for k, v in arguments.items()}}
     folder = Path(folder)
     with _locked(folder):
-        for left in folder.rglob(".*.tmp"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        _sweep(folder)
         _same_settings(folder, facts)
         run = _Run(pipe, folder, arguments, warmup, progress or (lambda line: None))
         wanted = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
@@ -164,7 +164,9 @@ def compare(
     return result
 
 
-def _check(pipe: Any, methods: Mapping, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def _check(
+    pipe: Any, methods: Mapping, prompts: Sequence[str], seeds: Sequence[int], arguments: Mapping[str, Any]
+) -> None:
     for what, values in (("methods", list(methods)), ("prompts", prompts), ("seeds", seeds)):
         if isinstance(values, str) or not values:
             raise ValueError(f"{what}={values!r}: give a list of at least one")
@@ -178,6 +180,9 @@ def _check(pipe: Any, methods: Mapping, prompts: Sequence[str], seeds: Sequence[
     lacking = [name for name in ("prompt", "generator") if name not in accepted]
     if lacking:
         raise ValueError(f"{type(pipe).__name__} takes no {lacking[0]}: compare is for pipelines that are prompted")
+    strange = [name for name in arguments if name not in accepted]
+    if strange and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        raise ValueError(f"{type(pipe).__name__} takes no {strange[0]}: it takes {', '.join(list(accepted)[1:])}")
 
 
 def _patch(method: Method, options: dict[str, Any]) -> Callable[[Any], Any]:
@@ -344,6 +349,13 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise ValueError(f"{folder} is in use by another process: wait for it, or give another folder") from None
         yield
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed process left half-written, by the names that :func:`_replacing` gives."""
+    for pattern in (".results.csv.", ".index.html.", ".settings.json.", "pictures/*/.*.", "reports/.*."):
+        for left in folder.glob(f"{pattern}[0-9]*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def _same_settings(folder: Path, facts: dict[str, Any]) -> None:
