@@ -202,6 +202,11 @@ def test_refusals(pipe, tmp_path):
         run(pipe, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
+    with pytest.raises(ValueError, match=r"pooled: downsample=5 does not divide the grid \(4, 3\)"):
+        run(pipe, tmp_path / "odd", {"pooled": Disk(1, 5)}, warmup=True)
+    assert not list((tmp_path / "odd").rglob("*.png"))  # it failed before the dense pictures
+    run(pipe, tmp_path / "odd", {"disk:1": Disk(1)}, seeds=[0], arguments={**CALL, "height": 32})  # nothing to mix with
+
     def reenter(line):
         with pytest.raises(ValueError, match="is in use by another process"):
             run(tiny_flux(), tmp_path)

@@ -34,7 +34,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--dense-steps", type=int, default=0, help="leading steps that stay dense under the patterns")
     p.add_argument("--backend", default="auto", help="of the local attention")
     p.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default, float32 on a CPU")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--device", help="cuda where there is one, else cpu; cpu with --tiny")
     p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="to the CPU's memory")
     p.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory")
     p.add_argument(
@@ -79,8 +79,11 @@ def compare(args: argparse.Namespace) -> Compared:
         raise ValueError("a pattern is given twice")
 
     from visionattn.diffusion.compare import compare as run
+    from visionattn.diffusion.loading import load_pipeline
 
-    pipe, settings = tiny_pipeline(args) if args.tiny else load_pipeline(args)
+    pipe, settings = load_pipeline(
+        args.pipeline, dtype=args.dtype, device=args.device, offload=args.offload, vae_tiling=args.vae_tiling
+    )
     progress = functools.partial(print, file=sys.stderr, flush=True)
     return Compared(
         run(
@@ -165,68 +168,3 @@ def _load_clear(pipe: Any, file: str, **options: Any) -> Any:
     from visionattn.diffusion import load_clear
 
     return load_clear(pipe, file, **options)
-
-
-def tiny_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    import torch
-
-    from visionattn.diffusion.tiny import tiny_flux
-
-    pipe = tiny_flux()
-    if args.dtype not in (None, "float32"):
-        pipe.to(dtype=getattr(torch, args.dtype))
-    return _place(pipe, args, "cpu", args.dtype or "float32", "a tiny FLUX.1 with random weights")
-
-
-def load_pipeline(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The pipeline by ``from_pretrained``, on its device; and what of it belongs to the comparison's settings."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("float32" if device.startswith("cpu") else "bfloat16")
-    _device(device)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"--pipeline {args.pipeline} can't be loaded as a diffusers pipeline: {reason}") from None
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return _place(pipe, args, device, dtype, args.pipeline)
-
-
-def _place(pipe: Any, args: argparse.Namespace, device: str, dtype: str, name: str) -> tuple[Any, dict[str, Any]]:
-    import diffusers
-    import torch
-
-    device = args.device or device
-    _device(device)
-    if args.offload != "none" and device.startswith("cpu"):
-        raise ValueError(f"--offload {args.offload} needs an accelerator: leave it out on a CPU")
-    if args.vae_tiling:
-        if getattr(pipe, "vae", None) is None or not hasattr(pipe.vae, "enable_tiling"):
-            raise ValueError(f"--vae-tiling: {type(pipe).__name__} has no autoencoder that decodes in tiles")
-        pipe.vae.enable_tiling()
-    if args.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif args.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    settings = {
-        "pipeline": name, "class": type(pipe).__name__, "dtype": dtype, "device": card, "offload": args.offload,
-        "vae_tiling": args.vae_tiling, "torch": torch.__version__, "diffusers": diffusers.__version__,
-    }  # fmt: skip
-    return pipe, settings
-
-
-def _device(name: str) -> None:
-    """Raises ValueError where there is no such device."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = (str(e).splitlines() or ["unknown"])[0]
-        raise ValueError(f"--device {name} can't be used: {reason}") from None

@@ -131,7 +131,8 @@ def compare(
         options: for :func:`sparsify`, with every pattern (``dense_steps=9``). Name them in the methods' names.
         arguments: for the pipeline's call (``height``, ``width``, ``num_inference_steps``, ``guidance_scale`` ...).
         settings: what else tells this comparison from another (the model's name, the device), for page and check.
-        warmup: one picture of at most two steps, not kept, before the first one that is timed of each method.
+        warmup: one picture of at most two steps of each method, not kept, before any that is timed. What can't run
+            fails there.
         progress: gets a line for every picture.
 
     Raises:
@@ -160,7 +161,8 @@ def compare(
             have = {_key(row) for row in run.rows}
             missing = sum((*w, m) not in have for w in wanted for m in (DENSE, *patches))
             result = Comparison(folder, run.rows, facts, missing, run.metrics.notes)
-            _draw(result)
+            if run.rows:
+                _draw(result)
     return result
 
 
@@ -210,6 +212,8 @@ class _Run:
         skipped = len(wanted) * len(todo) - total
         if skipped:
             self.progress(f"{skipped} pictures are there already")
+        if self.warmup:  # all of them first: what fails does so before hours of dense pictures
+            self.warm({method: pairs[0] for method, pairs in todo.items() if pairs}, patches)
         for method, pairs in todo.items():
             if not pairs:
                 continue
@@ -218,14 +222,23 @@ class _Run:
                 if method != DENSE:
                     handle = patches[method](self.pipe)
                     stack.callback(handle.remove)
-                if self.warmup:
-                    self.generate(*pairs[0], warm=True)
                 for prompt, seed in pairs:
                     row = self.one(prompt, seed, method)
                     done += 1
                     self.progress(f"{done} of {total}: {_line(row)}")
                 if handle is not None and hasattr(handle, "report"):
                     _write(self.folder / "reports" / f"{_slug(method)}.txt", f"{handle.report()}\n")
+
+    def warm(self, first: dict[str, tuple[str, int]], patches: dict[str, Callable]) -> None:
+        for method, (prompt, seed) in first.items():
+            self.progress(f"warming up: {method}")
+            with contextlib.ExitStack() as stack:
+                if method != DENSE:
+                    stack.callback(patches[method](self.pipe).remove)
+                try:
+                    self.generate(prompt, seed, warm=True)
+                except ValueError as e:
+                    raise ValueError(f"{method}: {e}") from None
 
     def one(self, prompt: str, seed: int, method: str) -> dict[str, Any]:
         frames, seconds = self.generate(prompt, seed)
@@ -361,7 +374,7 @@ def _sweep(folder: Path) -> None:
 def _same_settings(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "settings.json"
     facts = json.loads(json.dumps(facts))
-    if path.exists():
+    if path.exists() and (folder / "results.csv").exists():  # else nothing was made with them
         there = json.loads(path.read_text())
         for name in {**there, **facts}:
             if there.get(name) != facts.get(name):
