@@ -123,7 +123,7 @@ def test_folder_of_a_comparison(pipe, tmp_path):
     )
     for link in page.split("<img src='")[1:]:
         assert (tmp_path / link.split("'")[0]).is_file()
-    with Image.open(next(tmp_path.glob("pictures/a-red-fox-*-seed7/side-by-side.png"))) as image:
+    with Image.open(next(tmp_path.glob("pictures/a-red-fox-*-seed7/_side-by-side.png"))) as image:
         panels = np.asarray(image)
     at = 2 * (160 + 8)  # the third panel, below its label
     assert np.array_equal(panels[16 : 16 + 64, at : at + 48], dense[PROMPTS[0], 7])
@@ -206,6 +206,13 @@ def test_refusals(pipe, tmp_path):
         run(pipe, tmp_path / "odd", {"pooled": Disk(1, 5)}, warmup=True)
     assert not list((tmp_path / "odd").rglob("*.png"))  # it failed before the dense pictures
     run(pipe, tmp_path / "odd", {"disk:1": Disk(1)}, seeds=[0], arguments={**CALL, "height": 32})  # nothing to mix with
+
+    with pytest.raises(ValueError, match="pooled: downsample=5"):  # the warm-up goes beyond the dense steps
+        run(pipe, tmp_path / "odder", {"pooled": lambda p: sparsify(p, Disk(1, 5), dense_steps=2)}, warmup=True,
+            arguments={**CALL, "num_inference_steps": 4})  # fmt: skip
+    assert not list((tmp_path / "odder").rglob("*.png"))
+    with pytest.raises(ValueError, match=r"method 'disk 1': the folder has 'disk:1', whose files have the same names"):
+        run(pipe, tmp_path, {"disk 1": Disk(1)}, seeds=[0])
 
     def reenter(line):
         with pytest.raises(ValueError, match="is in use by another process"):

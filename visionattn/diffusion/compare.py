@@ -131,14 +131,13 @@ def compare(
         options: for :func:`sparsify`, with every pattern (``dense_steps=9``). Name them in the methods' names.
         arguments: for the pipeline's call (``height``, ``width``, ``num_inference_steps``, ``guidance_scale`` ...).
         settings: what else tells this comparison from another (the model's name, the device), for page and check.
-        warmup: one picture of at most two steps of each method, not kept, before any that is timed. What can't run
-            fails there.
+        warmup: one picture of each method, not kept, before any that is timed: of two steps, or of as many as it takes
+            for one that is not dense. What can't run fails there.
         progress: gets a line for every picture.
 
     Raises:
         ValueError: for no or doubled prompts, seeds or methods, a pipeline that is not prompted or does not take the
-            arguments, a patch that fails, or a
-            folder that holds another comparison or is in use.
+            arguments, a patch that fails, or a folder that holds another comparison or is in use.
     """
     arguments = dict(arguments or {})
     _check(pipe, methods, prompts, seeds, arguments)
@@ -201,12 +200,19 @@ class _Run:
     def __init__(self, pipe: Any, folder: Path, arguments: dict, warmup: bool, progress: Callable[[str], None]):
         self.pipe, self.folder, self.arguments, self.progress = pipe, folder, arguments, progress
         self.warmup = warmup
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
         self.rows = _read(folder)
         self.metrics = Metrics(getattr(pipe, "_execution_device", "cpu"))
 
     def all(self, wanted: list[tuple[str, int]], patches: dict[str, Callable]) -> None:
         self.fill()
         have = {_key(row) for row in self.rows}
+        known = {_slug(row["method"]): row["method"] for row in self.rows}
+        clash = next((m for m in patches if known.get(_slug(m), m) != m), None)
+        if clash is not None:
+            raise ValueError(
+                f"method {clash!r}: the folder has {known[_slug(clash)]!r}, whose files have the same names"
+            )
         todo = {m: [w for w in wanted if (*w, m) not in have] for m in (DENSE, *patches)}
         total, done = sum(map(len, todo.values())), 0
         skipped = len(wanted) * len(todo) - total
@@ -233,10 +239,13 @@ class _Run:
         for method, (prompt, seed) in first.items():
             self.progress(f"warming up: {method}")
             with contextlib.ExitStack() as stack:
+                steps = 2
                 if method != DENSE:
-                    stack.callback(patches[method](self.pipe).remove)
+                    handle = patches[method](self.pipe)
+                    stack.callback(handle.remove)
+                    steps = max(steps, *(_leading(s) + 1 for s in getattr(handle, "sessions", ())), 0)
                 try:
-                    self.generate(prompt, seed, warm=True)
+                    self.generate(prompt, seed, steps)
                 except ValueError as e:
                     raise ValueError(f"{method}: {e}") from None
 
@@ -267,16 +276,24 @@ class _Run:
                 row |= self.metrics(*frames, lacking)
                 _store(self.folder, self.rows)
 
-    def generate(self, prompt: str, seed: int, warm: bool = False) -> tuple[list[np.ndarray], float]:
+    def generate(self, prompt: str, seed: int, at_most: int | None = None) -> tuple[list[np.ndarray], float]:
         """Frames (H, W, 3), uint8, and the seconds of the call, decoding and text encoding included."""
         arguments = dict(self.arguments)
-        if warm:
-            arguments["num_inference_steps"] = min(arguments.get("num_inference_steps", 2), 2)
+        if at_most is not None and "num_inference_steps" in self.accepted:
+            steps = arguments.get("num_inference_steps") or self.accepted["num_inference_steps"].default
+            if isinstance(steps, int):
+                arguments["num_inference_steps"] = min(steps, at_most)
         _synchronise()
         start = time.perf_counter()
         out = self.pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments)
         _synchronise()
         return frames_of(out), time.perf_counter() - start
+
+
+def _leading(session: Any) -> int:
+    """Dense steps that a warm-up has to pass; as many as there are where a timestep ends them."""
+    until = getattr(session, "dense_until", None)
+    return getattr(session, "dense_steps", 0) if until is None else 10_000
 
 
 def frames_of(out: Any) -> list[np.ndarray]:

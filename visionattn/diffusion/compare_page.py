@@ -92,7 +92,7 @@ def shown(row: dict[str, Any]) -> str:
 
 def side_by_side_name(result: Any, prompt: str, seed: int) -> str:
     (dense, *_) = result.of(prompt, seed)
-    return f"{Path(dense['picture']).parent.as_posix()}/side-by-side.png"
+    return f"{Path(dense['picture']).parent.as_posix()}/_side-by-side.png"  # no method's file begins so
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
