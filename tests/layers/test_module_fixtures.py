@@ -101,6 +101,8 @@ def test_every_fixture_is_used():
     used |= {"halonet/timm_halonet26t", "halonet/timm_halonet_h1", "ninformer/nin_block", "ninformer/mixer_block"}
     used |= {f"ela/{n}" for n in names("ela", "ela_") if "_c" in n} | {f"ulsam/{n}" for n in names("ulsam", "ulsam_")}
     used |= {f"halonet/{n}" for n in names("halonet", "timm_d") + names("halonet", "lucid_")}
+    # tests/detection/test_dense*.py check these
+    used |= {f"ela/{n}" for n in ("ela_t_yolof_encoder", "ela_t_yolox_nano_voc", "ela_s_deeplabv3_resnet18_os16")}
     files = [p for system in ("ela", "halonet", "ninformer", "ulsam") for p in (FIXTURES / system).glob("*.json")]
     present = {f"{p.parent.name}/{p.stem}" for p in files if "outputs" in json.loads(p.read_text())}
     assert present == used
