@@ -255,7 +255,7 @@ def _write_split(folder: Path, split: str, number: int, info: dict[str, Any]) ->
     (folder / "annotations" / f"{split}.json").write_text(text)
 
 
-def make_demo_set(folder: str | os.PathLike, train: int = 400, val: int = 100, seed: int = 0) -> Path:
+def make_demo_set(folder: str | os.PathLike, train: int = 1200, val: int = 100, seed: int = 0) -> Path:
     """Writes the set, or finds it there already.
 
     It is made in a temporary folder beside ``folder`` and renamed, so that a killed process leaves nothing half-made
@@ -318,7 +318,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m visionattn.detection.demo_data", description="Writes the set.")
     parser.add_argument("folder", nargs="?", default="data/visionattn_demo")
-    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--val", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
