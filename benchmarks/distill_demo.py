@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 import visionattn  # noqa: F401  (registers the zoo)
 from visionattn.diffusion import Disk, load_clear, sparsify
-from visionattn.diffusion.distill import Cache, Distiller, Sampler, generate, make, write_header, write_sample
-from visionattn.diffusion.distill.flow import Flow, order
+from visionattn.diffusion.distill import Distiller, Sampler, generate, make, write_header, write_sample
+from visionattn.diffusion.distill.flow import Flow, pack
 from visionattn.diffusion.distill.pair import file_name
 from visionattn.diffusion.distill.sampling import write_grid
 
@@ -43,22 +43,24 @@ class Size:
 
     tokens: int
     heads: int
+    head_dim: int
     double: int
     single: int
     pictures: int
     teacher_batch: int
-    teacher_steps: int
+    teacher_steps: int  # at most, as far as the time allows
     distil_batch: int
-    distil_steps: int
+    distil_steps: int  # likewise
     radius: int
     evaluated: int  # pictures for the loss to the teacher
     generated: int  # pictures for the Frechet distance
     sample_steps: int
-    head_dim: int = 32
     lr: float = 1e-3
-    flow_weight: float = 1.0  # published; 0 where a young teacher would be left behind for the pictures
+    distil_lr: float = 1e-3
+    flow_weight: float = 1.0  # the published weights are 1, 0.5 and 0.5
+    attention_weight: float = 0.5
     downsample: int | None = None
-    warmup: int = 8  # updates of the distillation
+    warmup: int = 50  # updates of the distillation
 
     @property
     def pixels(self) -> int:
@@ -66,49 +68,55 @@ class Size:
 
 
 SIZES = {
-    "full": Size(32, 8, 3, 9, 20000, 64, 12000, 64, 4000, 4, 1024, 4096, 25, warmup=200),
-    "cpu": Size(32, 2, 1, 2, 2000, 4, 500, 4, 96, 8, 32, 48, 8, lr=2e-3, flow_weight=0.0),
-    "smoke": Size(8, 1, 1, 2, 32, 4, 3, 4, 3, 2, 4, 8, 2),
+    # radius 8 of 32 tokens is CLEAR's 16 of 64
+    "full": Size(32, 4, 64, 2, 6, 16000, 48, 6000, 32, 6000, 8, 1024, 1024, 20),
+    "cpu": Size(16, 3, 32, 2, 6, 4000, 8, 900, 8, 900, 4, 128, 128, 12),
+    "smoke": Size(8, 1, 32, 1, 2, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
 
 
 # ---- pictures: a shape and its twin, mirrored at the centre, in one colour on a two-coloured slope
 
 
-def picture(seed: int, size: int) -> tuple[torch.Tensor, int]:
-    """(3, size, size) in [-1, 1], and its class. The twin makes far tokens matter."""
-    rng = np.random.default_rng(seed)
-    label = int(rng.integers(len(SHAPES)))
+def pictures(first: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(count, 3, size, size) pictures of consecutive seeds, in [-1, 1], and their classes."""
+    parts = [_drawn(range(i, min(i + 500, first + count)), size) for i in range(first, first + count, 500)]
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _drawn(seeds: range, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draws = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        draws.append((rng.integers(len(SHAPES)), *rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.2, 0.34),
+                      *rng.uniform(-1, 1, 9)))  # fmt: skip
+    numbers = torch.tensor(np.array(draws), dtype=torch.float32)[:, :, None, None]
+    label, angle, at, radius = numbers[:, :4].unbind(1)
+    first, second, colour = numbers[:, 4:].unflatten(1, (3, 3)).unbind(1)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    angle = rng.uniform(0, 2 * np.pi)
-    slope = (0.5 + 0.35 * (x * np.cos(angle) + y * np.sin(angle))).clamp(0, 1)
-    first, second, colour = (torch.tensor(rng.uniform(-1, 1, 3), dtype=torch.float32)[:, None, None] for _ in range(3))
+    slope = (0.5 + 0.35 * (x * angle.cos() + y * angle.sin())).clamp(0, 1)[:, None]
     image = first * slope + second * (1 - slope)
-    radius, at = rng.uniform(0.2, 0.34), rng.uniform(0, 2 * np.pi)
-    cx, cy = (0.52 * f(at) for f in (np.cos, np.sin))
+    cx, cy = 0.52 * at.cos(), 0.52 * at.sin()  # the twin makes far tokens matter
+    label = label.long()
     distance = torch.minimum(_distance(label, x - cx, y - cy, radius), _distance(label, x + cx, y + cy, radius))
-    cover = (0.5 - distance * size / 4).clamp(0, 1)
-    return image * (1 - cover) + colour * cover, label
+    cover = (0.5 - distance * size / 4).clamp(0, 1)[:, None]
+    return image * (1 - cover) + colour * cover, label.flatten()
 
 
-def _distance(label: int, x: torch.Tensor, y: torch.Tensor, r: float) -> torch.Tensor:
-    """Signed distance to the shape, negative inside."""
+def _distance(label: torch.Tensor, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Signed distance to the shapes, negative inside."""
     ax, ay = x.abs(), y.abs()
     disc = (x**2 + y**2).sqrt()
-    return {
-        "disc": disc - r,
-        "square": torch.maximum(ax, ay) - 0.85 * r,
-        "diamond": (ax + ay) / 1.414 - 0.85 * r,
-        "ring": (disc - 0.8 * r).abs() - 0.25 * r,
-        "cross": torch.minimum(torch.maximum(ax - r, ay - 0.3 * r), torch.maximum(ay - r, ax - 0.3 * r)),
-    }[SHAPES[label]]
-
-
-def pictures(first: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, 3, size, size) pictures of consecutive seeds and their classes."""
-    images, labels = zip(*(picture(first + i, size) for i in range(count)), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    each = (
+        disc - r,
+        torch.maximum(ax, ay) - 0.85 * r,
+        (ax + ay) / 1.414 - 0.85 * r,
+        (disc - 0.8 * r).abs() - 0.25 * r,
+        torch.minimum(torch.maximum(ax - r, ay - 0.3 * r), torch.maximum(ay - r, ax - 0.3 * r)),
+    )
+    return torch.stack(each).gather(0, label.expand_as(disc)[None])[0]
 
 
 def prompt(label: int) -> dict[str, torch.Tensor]:
@@ -121,7 +129,9 @@ def prompt(label: int) -> dict[str, torch.Tensor]:
 # ---- stages
 
 
-def train_classifier(size: Size, work: Path, device: torch.device) -> torch.nn.Module:
+def train_classifier(
+    size: Size, work: Path, images: torch.Tensor, labels: torch.Tensor, device: torch.device
+) -> torch.nn.Module:
     """A small zoo network that knows the shapes; its pooled features are what the distance is measured in."""
     torch.manual_seed(0)
     net = timm.create_model(CLASSIFIER, num_classes=len(SHAPES)).to(device)
@@ -129,7 +139,7 @@ def train_classifier(size: Size, work: Path, device: torch.device) -> torch.nn.M
     if file.is_file():
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
-    images, labels = (t.to(device) for t in pictures(0, size.pictures, size.pixels))
+    images, labels = images.to(device), labels.to(device)
     epochs = 6 if size.pictures >= 1000 else 1
     batch = min(64, len(images) // 2)
     steps = epochs * (len(images) // batch)
@@ -158,14 +168,13 @@ def _save(state: object, file: Path) -> None:
     temporary.rename(file)
 
 
-def build_cache(size: Size, folder: Path) -> None:
+def build_cache(size: Size, folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
     """Pixels as latents: a cache without a VAE."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cache.json").is_file():
-        for i in range(size.pictures):
-            image, label = picture(i, size.pixels)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             write_sample(folder, i, {"mean": image, **prompt(label)}, prompt=SHAPES[label])
-        write_header(folder, size.pictures, scaling=1.0, shift=0.0, pixels=True, scale_factor=1)
+        write_header(folder, len(images), scaling=1.0, shift=0.0, pixels=True, scale_factor=1)
 
 
 def new_transformer(size: Size) -> torch.nn.Module:
@@ -177,74 +186,99 @@ def new_transformer(size: Size) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def train_teacher(size: Size, work: Path, cache: Cache, device: torch.device) -> None:
-    """Flow matching; the average of the weights is what is kept, as ``work/model/transformer``."""
+def train_teacher(
+    size: Size, work: Path, images: torch.Tensor, labels: torch.Tensor, device: torch.device, seconds: float
+) -> None:
+    """Flow matching; the average of the weights is what is kept, as ``work/model/transformer``.
+
+    The learning rate falls with the steps or with the time, whichever ends first.
+    """
     if (work / "model" / "transformer" / "config.json").is_file():
         return
     torch.manual_seed(1)
     model = new_transformer(size).to(device).train()
+    # a mean of all steps so far, of the last tenth or so later on
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(max(0.0, 1 - 10 / size.teacher_steps))
+        model, avg_fn=lambda mean, new, n: mean + (new - mean) * max(1 / (n + 1), 10 / max(n + 1, 500))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01)
-    warm = max(1, size.teacher_steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / warm) * 0.5 * (1 + np.cos(np.pi * min(1, s / size.teacher_steps)))
-    )
-    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    file, step = work / "teacher.pt", 0
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    file, step, spent = work / "teacher.pt", 0, 0.0
     if file.is_file():
         state = torch.load(file, map_location=device, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        step = state["step"]
+        step, spent = state["step"], state["spent"]
     flow = Flow(model.config, 1.0, 0.0, 0.0, 1, device, torch.float32)
-    places = order(1, len(cache), step * size.teacher_batch, 0, 1, size.teacher_batch)
-    groups, begin, losses = [], time.monotonic(), []
-
-    def numbers():
-        for _ in range(size.teacher_steps - step):
-            groups.append(next(places))
-            yield [number for _, number in groups[-1]]
-
-    for samples in cache.batches(numbers()):
-        call, target = flow.batch(samples, [place for place, _ in groups.pop(0)])
+    clean = pack(images).to(device)
+    embeds, pooled = (torch.stack(t).to(device) for t in zip(*(prompt(i).values() for i in range(5)), strict=True))
+    labels = labels.to(device)
+    begin, losses, done = time.monotonic() - spent, [], 0.0
+    while done < 1:
+        done = max((step + 1) / size.teacher_steps, (time.monotonic() - begin) / seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = size.lr * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * min(1, done)))
+        draw = torch.Generator(device).manual_seed(step)
+        rows = torch.randint(len(clean), (size.teacher_batch,), device=device, generator=draw)
+        t = torch.rand(len(rows), device=device, generator=draw)
+        noise = torch.randn(clean[rows].shape, device=device, generator=draw)
+        x = (1 - t[:, None, None]) * clean[rows] + t[:, None, None] * noise
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.mse_loss(model(**call, return_dict=False)[0].float(), target)
+            out = model(
+                x, timestep=t, encoder_hidden_states=embeds[labels[rows]], pooled_projections=pooled[labels[rows]],
+                **flow.ids((size.tokens, size.tokens), TEXT), return_dict=False,
+            )[0]  # fmt: skip
+        loss = F.mse_loss(out.float(), noise - clean[rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         average.update_parameters(model)
         step += 1
         losses.append(loss.detach())
-        if step % 50 == 0 or step == size.teacher_steps:
-            mean = torch.stack(losses).mean().item()
-            print(f"teacher {step}/{size.teacher_steps}  loss {mean:.4f}  {time.monotonic() - begin:.0f} s", flush=True)
+        if step % 100 == 0 or done >= 1:
+            mean, spent = torch.stack(losses).mean().item(), time.monotonic() - begin
+            print(f"teacher {step} of at most {size.teacher_steps}  loss {mean:.4f}  {spent:.0f} s", flush=True)
             losses = []
-            _save({**{n: p.state_dict() for n, p in parts.items()}, "step": step}, file)
+            if step % 500 == 0:
+                _save({**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": spent}, file)
     average.module.save_pretrained(work / "model" / "transformer")
 
 
-def distil(size: Size, work: Path, device: torch.device) -> Path:
+def distil(size: Size, work: Path, device: torch.device, seconds: float) -> Path:
     """The package's own run; returns the file in CLEAR's layout."""
-    cfg = make(dict(
-        model=str(work / "model"), cache=str(work / "cache"), output=str(work / "run"), radius=size.radius,
-        downsample=size.downsample,
-        batch_size=size.distil_batch, steps=size.distil_steps, lr=size.lr / 2, flow_weight=size.flow_weight,
-        warmup_steps=size.warmup, device=str(device), gradient_checkpointing=False,
-        dtype="bfloat16" if device.type == "cuda" else "float32",
-        log_interval=max(1, size.distil_steps // 40), save_interval=max(1, size.distil_steps // 10),
-        sample_interval=max(1, size.distil_steps // 3), samples=5, sample_steps=size.sample_steps,
-    ))  # fmt: skip
-    run = work / "run"
+    run, plan = work / "run", work / "updates.txt"
+
+    def config(steps: int):
+        return make(dict(
+            model=str(work / "model"), cache=str(work / "cache"), output=str(run), radius=size.radius,
+            downsample=size.downsample, batch_size=size.distil_batch, steps=steps, lr=size.distil_lr,
+            flow_weight=size.flow_weight, attention_weight=size.attention_weight,
+            warmup_steps=min(size.warmup, steps), decay_steps=steps // 2, device=str(device),
+            gradient_checkpointing=False, dtype="bfloat16" if device.type == "cuda" else "float32",
+            log_interval=max(1, steps // 40), save_interval=max(1, steps // 4),
+            sample_interval=max(1, steps // 2), samples=5, sample_steps=size.sample_steps,
+        ))  # fmt: skip
+
+    if not plan.is_file():  # as many updates as there is time for
+        first = Distiller(config(10))
+        first.fit(None, lambda line: None)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.monotonic()
+        again = Distiller(config(10))
+        again.fit(None, lambda line: None)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        each = (time.monotonic() - begin) / 10
+        plan.write_text(str(max(3, min(size.distil_steps, int(seconds / each)))))
+        print(f"an update takes {1000 * each:.0f} ms: {plan.read_text()} of them", flush=True)
+    cfg = config(int(plan.read_text()))
     if (run / "state.pt").is_file() and torch.load(run / "state.pt", weights_only=True)["step"] == cfg.steps:
         return run / file_name(cfg)
     distiller = Distiller(cfg)
     if (run / "state.pt").is_file():
         distiller.load(run / "state.pt")
-    run.mkdir(exist_ok=True)
     distiller.fit(run, lambda line: print(line, flush=True), Sampler(cfg, distiller.cache, device, run))
     return run / file_name(cfg)
 
@@ -277,8 +311,8 @@ def predictions(model: torch.nn.Module, size: Size, device: torch.device) -> tup
     for first in range(0, size.evaluated, size.teacher_batch):
         samples = []
         for i in range(first, min(first + size.teacher_batch, size.evaluated)):
-            image, label = picture(HELD_OUT + i, size.pixels)
-            samples.append({"mean": image, "std": None, **prompt(label)})
+            image, label = pictures(HELD_OUT + i, 1, size.pixels)
+            samples.append({"mean": image[0], "std": None, **prompt(label.item())})
         call, target = flow.batch(samples, list(range(first, first + len(samples))))
         outputs.append(model(**call, return_dict=False)[0].float())
         losses.append(F.mse_loss(outputs[-1], target, reduction="none").mean((1, 2)))
@@ -341,16 +375,27 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=None, help="folder of the stages (default: runs/distill_demo-SIZE)"
     )
+    parser.add_argument("--seconds", type=float, default=240.0, help="about, for everything on one GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("flow-weight", "attention-weight", "distil-lr", "lr"):
+        parser.add_argument(f"--{name}", type=float, help="instead of the size's own")
+    parser.add_argument("--radius", type=int, help="instead of the size's own")
     args = parser.parse_args()
     size, device = SIZES[args.size], torch.device(args.device)
     work = args.work or Path("runs") / f"distill_demo-{args.size}"
     work.mkdir(parents=True, exist_ok=True)
-    net = train_classifier(size, work, device)
-    build_cache(size, work / "cache")
-    train_teacher(size, work, Cache(str(work / "cache")), device)
-    file = distil(size, work, device)
+    for name in ("flow_weight", "attention_weight", "distil_lr", "lr", "radius"):
+        if getattr(args, name) is not None:
+            size = dataclasses.replace(size, **{name: getattr(args, name)})
+    begin = time.monotonic()
+    images, labels = pictures(0, size.pictures, size.pixels)
+    net = train_classifier(size, work, images, labels, device)
+    build_cache(size, work / "cache", images, labels)
+    print(f"pictures, classifier and cache: {time.monotonic() - begin:.0f} s", flush=True)
+    train_teacher(size, work, images, labels, device, 0.42 * args.seconds)
+    left = args.seconds - (time.monotonic() - begin) - 0.12 * args.seconds
+    file = distil(size, work, device, max(left, 0.3 * args.seconds))
     rows = table(size, work, file, net, device)
     args.out.mkdir(parents=True, exist_ok=True)
     label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"

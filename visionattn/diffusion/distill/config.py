@@ -66,6 +66,7 @@ class Config:
     lr: float = option(1e-4, "learning rate (prodigy: 1)", low=0)
     weight_decay: float = option(0.0, "weight decay", low=0)
     warmup_steps: int = option(0, "updates of linear warm-up", low=0)
+    decay_steps: int = option(0, "last updates, in which the learning rate falls linearly to zero", low=0)
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit", low=0)
     batch_size: int = option(1, "pictures in a batch of one rank", low=1)
     grad_accum: int = option(1, "batches that make one update", low=1)
@@ -191,6 +192,16 @@ def pairs(arguments: list[str]) -> dict[str, Any]:
             raise UserError(f"{argument!r} is not key=value.")
         values[key] = coerce(key, text)
     return values
+
+
+def make_folder(path: str | Path, name: str) -> Path:
+    """The folder that the option ``name`` gives, made if it is not there. Raises UserError where that can't be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{name}={path} can't be made ({e.strerror}): give another folder.") from None
+    return path
 
 
 def options_table() -> str:

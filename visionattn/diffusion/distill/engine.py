@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from visionattn._files import atomic_write
+from visionattn._world import World, like, whole
 from visionattn.ops.local.patterns import Disk
 
 from . import parallel
 from .cache import Cache
-from .config import FREE, Config, RunError, UserError
-from .files import atomic_write, make_folder
+from .config import FREE, Config, RunError, UserError, make_folder
 from .flow import Flow, order
 from .pair import Pair, file_name, load_transformer, write_clear
 
@@ -46,7 +47,7 @@ class Distiller:
         UserError: anything about model, cache or options that can't work.
     """
 
-    def __init__(self, cfg: Config, world: parallel.World | None = None, transformer: nn.Module | None = None):
+    def __init__(self, cfg: Config, world: World | None = None, transformer: nn.Module | None = None):
         self.cfg, self.world = cfg, world or parallel.start(cfg)
         self.device, self.dtype = self.world.device, getattr(torch, cfg.dtype)
         self.cache = Cache(cfg.cache)
@@ -196,9 +197,11 @@ class Distiller:
                 p.grad /= world.size
         if cfg.clip_grad:
             parallel.clip_grad(self._groups, cfg.clip_grad)
-        warm = min(1.0, (self.step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+        share = min(1.0, (self.step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+        if cfg.decay_steps:
+            share *= min(1.0, (cfg.steps - self.step) / (cfg.decay_steps + 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * warm
+            group["lr"] = cfg.lr * share
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -260,13 +263,13 @@ class Distiller:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What is trained, in float32 on the CPU of the first rank. A collective where there are several ranks."""
-        return parallel.whole(self.pair.trained(), self.world.first)
+        return whole(self.pair.trained(), self.world.first)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs: plain data, and whole tensors (on the first rank)."""
         settings = {k: v for k, v in vars(self.cfg).items() if k not in FREE}
         return {
-            "trained": self.weights(), "optimizer": parallel.whole(self.optimizer.state_dict(), self.world.first),
+            "trained": self.weights(), "optimizer": whole(self.optimizer.state_dict(), self.world.first),
             "step": self.step, "seen": self.seen, "history": self.history, "settings": settings,
         }  # fmt: skip
 
@@ -299,10 +302,10 @@ class Distiller:
             raise UserError(f"{path.parent} holds a run of another transformer: give another output=, or --restart.")
         with torch.no_grad():
             for name, p in trained.items():
-                p.copy_(parallel.like(saved[name], p))
+                p.copy_(like(saved[name], p))
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         moments = {
-            i: {k: parallel.like(v, parameters[i]) for k, v in s.items()}
+            i: {k: like(v, parameters[i]) for k, v in s.items()}
             for i, s in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
@@ -315,4 +318,4 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, ["step", *LOSSES], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    atomic_write(path, lambda f: f.write(text.getvalue().encode()))
+    atomic_write(path, text.getvalue())
