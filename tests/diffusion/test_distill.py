@@ -19,12 +19,12 @@ require_extra("diffusers", "diffusion")
 
 from diffusers import FluxPipeline  # noqa: E402
 
+from visionattn._files import atomic_write, lock  # noqa: E402
 from visionattn.diffusion import Disk, load_clear, sparsify  # noqa: E402
 from visionattn.diffusion.distill import Cache, Distiller, RunError, UserError, make, write_header, write_sample  # noqa: E402
 from visionattn.diffusion.distill import __main__ as command  # noqa: E402
 from visionattn.diffusion.distill.cache import read_items  # noqa: E402
 from visionattn.diffusion.distill.config import options_table, read_yaml  # noqa: E402
-from visionattn.diffusion.distill.files import atomic_write, lock  # noqa: E402
 
 from . import pipelines, tiny  # noqa: E402
 
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_a_failed_write_leaves_the_old_file(world, tmp_path, 
     assert states(tmp_path / "run")["step"] == 2 and "stopped at update 2" in capsys.readouterr().out
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.setattr(Distiller, "_progress", progress)
-    with lock(tmp_path / "run"):
+    with lock(tmp_path / "run", ValueError, ""):
         assert run_command("--config", config) == 2
     assert "in use" in capsys.readouterr().err
     assert run_command("--config", config) == 0 and states(tmp_path / "run")["step"] == 4

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from visionattn._files import atomic_write
 from visionattn.models._shipped import weights_folder
 
 from .machine import CheckpointError
@@ -116,13 +117,7 @@ class Ledger:
     def record(self, name: str, digest: str, size: int, how: str) -> None:
         """Keeps the hash under ``name``, in place of any other."""
         content = {**self.read(), name: {"sha256": digest, "size": size, "how": how}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w") as f:
-            json.dump(content, f, indent=1, sort_keys=True)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path)
+        atomic_write(self.path, json.dumps(content, indent=1, sort_keys=True))
 
     def compare(self, name: str, digest: str) -> str:
         """``'manifest'`` or ``'recorded'``: what the hash agrees with; ``'new'`` if nothing is known.

@@ -6,7 +6,6 @@ Weights are random. Memory is the peak over what was in use before the model: al
 import argparse
 import csv
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from visionattn._files import replacing
 
 from .table import Table
 
@@ -289,14 +290,11 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """All rows under a temporary name, then renamed: Ctrl-C leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="") as file:
+    """All rows: Ctrl-C leaves a whole file."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def _number(text: str) -> Any:

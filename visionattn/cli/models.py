@@ -160,17 +160,15 @@ def measure(model: Any, size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def card(args: argparse.Namespace) -> str | None:
-    import os
     from pathlib import Path
+
+    from visionattn._files import atomic_write
 
     text = model_card(check_name(args.model))
     if args.out is None:
         return text
-    path = Path(args.out)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
-    return f"written to {path}"
+    atomic_write(Path(args.out), text + "\n")
+    return f"written to {args.out}"
 
 
 def model_card(name: str) -> str:

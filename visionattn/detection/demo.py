@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from visionattn._files import atomic_write
+
 __all__ = ["demo_config", "main", "run_demo"]
 
 CONFIGS = {
@@ -174,9 +176,7 @@ def run_demo(
     )
     if runner.rank == 0:
         _draw(runner, run_dir / "pictures.png")
-        temporary = run_dir / "result.json.tmp"
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(run_dir / "result.json")
+        atomic_write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -252,9 +252,7 @@ def _save_sheet(columns: Sequence[Any], path: Path) -> None:
     for i, column in enumerate(columns):
         top, left = i // per_row * height, i % per_row * width
         sheet[top : top + column.shape[0], left : left + column.shape[1]] = column
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet).save(temporary, format="PNG")
-    temporary.replace(path)
+    atomic_write(path, lambda f: Image.fromarray(sheet).save(f, format="PNG"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

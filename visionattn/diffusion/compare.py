@@ -6,7 +6,6 @@ they were made with. A run that ends early goes on where it stopped.
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import inspect
 import json
@@ -15,15 +14,16 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from visionattn._files import atomic_write, lock, replacing, sweep
 from visionattn.ops.local.patterns import Pattern
 
 from .agent_sd_patch import agent_sd
@@ -150,7 +150,6 @@ def compare(
     facts = {**dict(settings or {}), **{k: _plain(v) for k, v in arguments.items()}}
     folder = Path(folder)
     with _locked(folder):
-        _sweep(folder)
         _same_settings(folder, facts)
         run = _Run(pipe, folder, arguments, warmup, progress or (lambda line: None))
         wanted = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
@@ -233,7 +232,7 @@ class _Run:
                     done += 1
                     self.progress(f"{done} of {total}: {_line(row)}")
                 if handle is not None and hasattr(handle, "report"):
-                    _write(self.folder / "reports" / f"{_slug(method)}.txt", f"{handle.report()}\n")
+                    atomic_write(self.folder / "reports" / f"{_slug(method)}.txt", f"{handle.report()}\n")
 
     def warm(self, first: dict[str, tuple[str, int]], patches: dict[str, Callable]) -> None:
         for method, (prompt, seed) in first.items():
@@ -367,25 +366,14 @@ def _synchronise() -> None:
 # Files
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock ends with it, however it ends."""
+def _locked(folder: Path) -> TextIO:
+    """The folder, made and held for this process, without what a killed one left half-written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{folder} is in use by another process: wait for it, or give another folder") from None
-        yield
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed process left half-written, by the names that :func:`_replacing` gives."""
-    for pattern in (".results.csv.", ".index.html.", ".settings.json.", "pictures/*/.*.", "reports/.*."):
-        for left in folder.glob(f"{pattern}[0-9]*.tmp"):
-            left.unlink(missing_ok=True)
+    handle = lock(folder, ValueError, "give another folder")
+    sweep(folder, "results.csv", "index.html", "settings.json", "pictures/*/*", "reports/*")
+    return handle
 
 
 def _same_settings(folder: Path, facts: dict[str, Any]) -> None:
@@ -400,7 +388,7 @@ def _same_settings(folder: Path, facts: dict[str, Any]) -> None:
                     "give another folder"
                 )
     else:
-        _write(path, json.dumps(facts, indent=1) + "\n")
+        atomic_write(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
@@ -426,7 +414,7 @@ def _read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _store(folder: Path, rows: list[dict[str, Any]]) -> None:
-    with _replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in rows:
@@ -438,9 +426,9 @@ def _draw(result: Comparison) -> None:
     for prompt, seed in result.pairs():
         rows = result.of(prompt, seed)
         panels = [(row["method"], _open(result.folder / shown(row))) for row in rows]
-        with _replacing(result.folder / side_by_side_name(result, prompt, seed)) as temporary:
+        with replacing(result.folder / side_by_side_name(result, prompt, seed)) as temporary:
             side_by_side(panels).save(temporary, format="png")
-    _write(result.page, page(result))
+    atomic_write(result.page, page(result))
 
 
 def _open(path: Path) -> Image.Image:
@@ -449,22 +437,5 @@ def _open(path: Path) -> Image.Image:
 
 
 def _save(path: Path, frame: np.ndarray) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(frame).save(temporary, format="png")
-
-
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes it at the end: nothing half-written stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Throughput that ``visionattn bench`` measured, as a picture."""
 
-import os
 from pathlib import Path
+
+from visionattn._files import atomic_write
 
 
 def throughput_picture(path: Path, rows: list[dict[str, str]]) -> None:
@@ -39,6 +40,4 @@ def throughput_picture(path: Path, rows: list[dict[str, str]]) -> None:
         mode = "compiled" if compiled == "True" else "eager"
         axis.set_title(f"{task}, batch {batch}, {dtype}, {mode}: {device}", fontsize=10)
         axis.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    atomic_write(path, lambda f: figure.savefig(f, dpi=110, format="png"))

@@ -1,12 +1,13 @@
 """Attention on a photograph: overlays, a query's rows, and classes with their probabilities."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from visionattn._files import atomic_write
 
 PANEL = 2.4  # inches of a panel's side
 
@@ -97,12 +98,6 @@ def _short(text: str, length: int) -> str:
 
 
 def save(figure: Any, path: Path, dpi: int = 110) -> Path:
-    """Writes a PNG under a temporary name, then renames it: an interrupted run leaves no half of a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, dpi=dpi, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a PNG: an interrupted run leaves no half of a picture."""
+    atomic_write(path, lambda f: figure.savefig(f, dpi=dpi, format="png"))
     return path

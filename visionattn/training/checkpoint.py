@@ -8,41 +8,23 @@ Two files a tag (``last``, ``best``), each whole in itself:
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
+from visionattn import _files
+from visionattn._files import atomic_write, replacing, sweep
+
 from .config import UserError
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Fill a file under a temporary name, force it to the disk, then give it its name; the old one stays till then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def save(run: Path, state: dict[str, Any], weights: dict[str, torch.Tensor], about: dict[str, Any], best: bool) -> None:
@@ -50,21 +32,18 @@ def save(run: Path, state: dict[str, Any], weights: dict[str, torch.Tensor], abo
     metadata = {"format": "pt", "visionattn": json.dumps(about)}
     blob = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}, metadata)
     atomic_write(run / "last.state.pt", lambda f: torch.save(state, f))
-    atomic_write(run / "last.safetensors", lambda f: f.write(blob))
+    atomic_write(run / "last.safetensors", blob)
     if best:
         for name in ("state.pt", "safetensors"):
             _link(run / f"last.{name}", run / f"best.{name}")
 
 
 def _link(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    _sync_folder(target.parent)
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -148,13 +127,10 @@ def make_run_folder(output: str, model: str, stamp: str) -> Path:
     raise UserError(f"output={output} holds 1000 runs of this second already; give another.")
 
 
-def lock(run: Path) -> Any:
-    """Hold the folder for this process; the lock ends with it, however it ends. Raises UserError if it is taken."""
-    handle = open(run / ".lock", "w")  # noqa: SIM115  (open as long as the run)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"run folder {run} is in use by another process; wait for it, or start a new run.") from None
+def lock(run: Path) -> TextIO:
+    """Holds the folder for this process, and clears what a killed one left half-written. Raises UserError."""
+    handle = _files.lock(run, UserError, "start a new run")
+    sweep(run, "*")
     return handle
 
 

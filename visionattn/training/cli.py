@@ -40,6 +40,8 @@ def _run(argv: list[str]) -> int:
 
     import torch  # the seconds of these imports come after the quick errors
 
+    from visionattn import _world
+
     from . import distributed, engine
 
     if cfg.threads:
@@ -68,7 +70,7 @@ def _run(argv: list[str]) -> int:
             raise RunError(f"reading the data failed in a worker process: {last}") from e
         raise
     finally:
-        distributed.stop()
+        _world.stop()
 
 
 def _resumed_config(run: Path, explicit: dict[str, Any]) -> Config:

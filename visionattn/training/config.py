@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from visionattn._files import atomic_write
+
 
 class UserError(Exception):
     """Something the user can put right. ``cli.main`` prints it as one line and exits with ``status``."""
@@ -301,9 +303,7 @@ def save(cfg: Config, path: Path, comment: str) -> None:
     values = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in COMMANDS}
     text = "".join(f"# {line}\n" for line in comment.splitlines())
     text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    atomic_write(path, text)
 
 
 class _Parser(argparse.ArgumentParser):

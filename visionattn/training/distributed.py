@@ -1,86 +1,38 @@
-"""Several processes: start, wrap (DDP or FSDP2), gather and scatter of sharded state, agreement between ranks.
+"""Several processes: start, wrap (DDP or FSDP2), load whole tensors into what is sharded.
 
 A checkpoint holds whole tensors, whatever wrote it; so one written by FSDP loads anywhere.
 """
 
-import dataclasses
-import datetime
 import os
 import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model, world_info_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+
+from visionattn._world import World, choose_device, join, like
 
 from .config import Config, UserError
 
 SHARD_MIN = 100_000  # parameters; smaller blocks are sharded with what contains them
 
 
-@dataclasses.dataclass
-class World:
-    """Who this process is among ``size``; ``device`` is what it computes on."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes and prints."""
-        return self.rank == 0
-
-    def agree(self, flag: bool) -> bool:
-        """True on every rank if it is on any. Goes through the CPU: no GPU queue waits for it."""
-        if self.size == 1:
-            return flag
-        t = torch.tensor(int(flag))
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return bool(t)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in order."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-
 def start(cfg: Config) -> World:
     """Join the other processes that torchrun (or Slurm) started, if any. Raises UserError."""
     local_rank, rank, size = world_info_from_env()
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    try:
-        device = torch.device(kind)
-    except RuntimeError:
-        raise UserError(f"device={kind!r} is no device of PyTorch; give auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={kind} was asked for, but PyTorch sees no CUDA GPU here; give --device cpu or auto.")
+    device = choose_device(cfg.device, UserError)
     if cfg.fsdp and "RANK" not in os.environ:
         raise UserError("fsdp shards over processes: start with torchrun --nproc-per-node=N train.py --fsdp ...")
+    world = World(device, rank, size)
     if size > 1 or cfg.fsdp:
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        os.environ.setdefault("RANK", str(rank)), os.environ.setdefault("WORLD_SIZE", str(size))
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=cfg.dist_timeout))
+        world = join(device, local_rank, rank, size, cfg.dist_timeout)
     if cfg.sync_bn and (device.type != "cuda" or size == 1):
         raise UserError("sync_bn needs several ranks on CUDA GPUs (PyTorch's SyncBatchNorm has no CPU kernel).")
-    return World(device, rank, size)
-
-
-def stop() -> None:
-    """Leave the group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return world
 
 
 def sync_batchnorm(model: nn.Module, cfg: Config) -> nn.Module:
@@ -121,32 +73,15 @@ def share_batchnorm(modules: list[nn.Module], cfg: Config, world: World) -> None
             distribute_bn(module, world.size, reduce=cfg.dist_bn == "reduce")
 
 
-def whole(tree: Any) -> Any:
-    """The tree with sharded tensors made whole (a collective: every rank calls it), on the CPU."""
-
-    def gather(x: Any) -> Any:
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        return x.detach().cpu() if isinstance(x, torch.Tensor) else x
-
-    return tree_map(gather, tree)
-
-
-def _like(value: Any, reference: torch.Tensor) -> Any:
-    """A whole tensor sharded as the reference is, if that is sharded and of the same shape."""
-    if isinstance(reference, DTensor) and isinstance(value, torch.Tensor) and value.shape == reference.shape:
-        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
-    return value
-
-
 def load_module(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """``load_state_dict`` of whole tensors into a module that may be wrapped or sharded."""
     module = unwrap_model(module)
     own = module.state_dict()
-    module.load_state_dict({k: _like(v, own[k]) if k in own else v for k, v in state.items()})
+    module.load_state_dict({k: like(v, own[k]) if k in own else v for k, v in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``load_state_dict`` of whole tensors into an optimizer whose parameters may be sharded."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    sharded = {i: {k: _like(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}
+    sharded = {i: {k: like(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}
     optimizer.load_state_dict({**state, "state": sharded})

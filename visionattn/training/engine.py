@@ -19,6 +19,8 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, random_seed, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from visionattn._world import World, whole
+
 from . import build, data, distributed
 from .checkpoint import check_weights, random_states, save, set_random_states
 from .config import Config, RunError, UserError
@@ -38,7 +40,7 @@ class Trainer:
         UserError: anything about model, data or options that can't work.
     """
 
-    def __init__(self, cfg: Config, world: distributed.World):
+    def __init__(self, cfg: Config, world: World):
         self.cfg, self.world, self.device = cfg, world, world.device
         self.validating = bool(cfg.validate)
         self.stop_requested = False
@@ -359,9 +361,9 @@ class Trainer:
         """All that a resume needs, whole tensors on the CPU. A collective where there are several ranks."""
         modules = self._modules()
         return {
-            "model": distributed.whole(modules[0].state_dict()),
-            "ema": distributed.whole(modules[1].state_dict()) if self.task.has_ema() else None,
-            "optimizer": distributed.whole(self.optimizer.state_dict()),
+            "model": whole(modules[0].state_dict()),
+            "ema": whole(modules[1].state_dict()) if self.task.has_ema() else None,
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "batches": len(self.loader),
                          "images": self.batch * self.cfg.batch_size * self.world.size},

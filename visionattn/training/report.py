@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write
+from visionattn._files import atomic_write
+
 from .config import Config, UserError
 
 CURVES_EVERY = 60.0  # seconds between redrawings of curves.png (drawing takes a good part of a second)
@@ -69,7 +70,7 @@ def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for row in history for k in row)))
     writer.writeheader()
     writer.writerows(history)
-    atomic_write(path, lambda f: f.write(text.getvalue().encode()))
+    atomic_write(path, text.getvalue())
 
 
 def draw_curves(path: Path, history: list[dict[str, Any]]) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from . import config, files
+from visionattn import _files
+
+from . import config
 from .config import Config, RunError, UserError
 
 
@@ -53,6 +55,8 @@ def _build_cache(cfg: Config) -> int:
 def _distil(cfg: Config, restart: bool) -> int:
     import torch
 
+    from visionattn import _world
+
     from . import parallel
     from .engine import Distiller
     from .sampling import Sampler
@@ -61,11 +65,11 @@ def _distil(cfg: Config, restart: bool) -> int:
         raise UserError("output= is not given: the run folder.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    run = files.make_folder(cfg.output, "output")
+    run = config.make_folder(cfg.output, "output")
     first = int(os.environ.get("RANK", 0)) == 0
-    handle = files.lock(run) if first else None
-    for left in run.glob(".*.tmp") if first else ():  # of a process that was killed while it wrote
-        left.unlink()
+    handle = _files.lock(run, UserError, "give another output=") if first else None
+    if first:
+        _files.sweep(run, "*")
     world = parallel.start(cfg)
     distiller, before = None, {}
     try:
@@ -91,7 +95,7 @@ def _distil(cfg: Config, restart: bool) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        parallel.stop()
+        _world.stop()
         if handle:
             handle.close()
     return 0
@@ -107,7 +111,7 @@ def _introduce(cfg: Config, distiller: Any, run: Path) -> None:
     """config.yaml, and a line of what is trained."""
     text = yaml.safe_dump(dict(vars(cfg)), sort_keys=False, allow_unicode=True)
     text = f"# repeat with: python -m visionattn.diffusion.distill --config <this file>\n{text}"
-    files.atomic_write(run / "config.yaml", lambda f: f.write(text.encode()))
+    _files.atomic_write(run / "config.yaml", text)
     trained = sum(p.numel() for p in distiller.pair.trained().values())
     total = sum(p.numel() for p in distiller.pair.teacher.parameters())
     world, position = distiller.world, f", going on after update {distiller.step}" if distiller.step else ""

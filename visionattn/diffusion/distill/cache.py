@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from .config import Config, RunError, UserError
-from .files import atomic_write, make_folder
+from visionattn._files import atomic_write
+
+from .config import Config, RunError, UserError, make_folder
 
 FORMAT = 1
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -79,7 +80,7 @@ def write_header(folder: Path, count: int, **about: Any) -> None:
         about: at least ``scaling`` and ``shift`` of the latents: (latent - shift) * scaling is what is denoised.
     """
     text = json.dumps({"format": FORMAT, "count": count, **about}, indent=2) + "\n"
-    atomic_write(folder / "cache.json", lambda f: f.write(text.encode()))
+    atomic_write(folder / "cache.json", text)
 
 
 def write_sample(folder: Path, number: int, tensors: dict[str, torch.Tensor], **about: str) -> None:
@@ -87,7 +88,7 @@ def write_sample(folder: Path, number: int, tensors: dict[str, torch.Tensor], **
     from safetensors.torch import save
 
     blob = save({k: v.contiguous() for k, v in tensors.items()}, {k: str(v) for k, v in about.items()})
-    atomic_write(_file(folder, number), lambda f: f.write(blob))
+    atomic_write(_file(folder, number), blob)
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -304,10 +304,7 @@ class Distiller:
             for name, p in trained.items():
                 p.copy_(like(saved[name], p))
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        moments = {
-            i: {k: like(v, parameters[i]) for k, v in s.items()}
-            for i, s in state["optimizer"]["state"].items()
-        }
+        moments = {i: {k: like(v, parameters[i]) for k, v in s.items()} for i, s in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.step, self.seen, self.history = state["step"], state["seen"], state["history"]
         self.saved_step = self.step

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from visionattn._files import atomic_write
 from visionattn.ops.local.patterns import Disk
 
 from ..adapters import adapter_of
 from ..patch import _choose, sparsify
 from .config import Config, UserError
-from .files import atomic_write
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
 
@@ -167,4 +167,4 @@ def write_clear(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype, 
         return value[None, None, None, :, None, :, None] if name.endswith("spatial_weight") else value
 
     blob = save({k: shaped(k, v).contiguous() for k, v in state.items()}, {"format": "pt", **about})
-    atomic_write(path, lambda f: f.write(blob))
+    atomic_write(path, blob)

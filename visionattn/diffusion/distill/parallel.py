@@ -1,77 +1,28 @@
-"""Several processes: joining them, FSDP2, and whole tensors out of shards and back."""
+"""Several processes: joining them, FSDP2, and one norm over what is sharded and what is not."""
 
-import datetime
 import os
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.distributed.tensor import DTensor
+
+from visionattn._world import World, choose_device, join
 
 from .config import Config, UserError
-
-
-@dataclass
-class World:
-    """Who this process is among ``size``; ``device`` is what it computes on."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes and prints."""
-        return self.rank == 0
-
-    def agree(self, flag: bool) -> bool:
-        """True on every rank if it is on any."""
-        if self.size == 1:
-            return flag
-        t = torch.tensor(int(flag))
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return bool(t)
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The ranks' mean, on the CPU in float64."""
-        values = values.detach().double().cpu()
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
-        return values
 
 
 def start(cfg: Config) -> World:
     """Joins the other processes that torchrun started, if any. Raises UserError."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    try:
-        device = torch.device(kind)
-    except RuntimeError:
-        raise UserError(f"device={kind!r} is no device of PyTorch: give auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={kind} was asked for, but PyTorch sees no CUDA GPU here: give device=cpu or auto.")
+    device = choose_device(cfg.device, UserError)
     if cfg.fsdp and "RANK" not in os.environ:
         raise UserError("fsdp=true shards over processes: start with torchrun --nproc-per-node=N -m ...")
     if size > 1 and not cfg.fsdp:
         raise UserError(f"{size} processes were started: several need fsdp=true.")
     if cfg.fsdp:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=cfg.dist_timeout))
+        return join(device, int(os.environ.get("LOCAL_RANK", 0)), rank, size, cfg.dist_timeout)
     return World(device, rank, size)
-
-
-def stop() -> None:
-    """Leaves the group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def shard(model: nn.Module, trained: list[nn.Module], world: World, dtype: torch.dtype) -> None:
@@ -90,28 +41,6 @@ def shard(model: nn.Module, trained: list[nn.Module], world: World, dtype: torch
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     for module in [*trained, *blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-
-
-def whole(tree: Any, keep: bool = True) -> Any:
-    """The tree with sharded tensors made whole (a collective: every rank calls it), copied to the CPU.
-
-    With ``keep=False`` the rank takes part and keeps None of each tensor: host memory holds one copy, not one a rank.
-    """
-
-    def gather(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        return x.detach().to("cpu", copy=True) if keep else None
-
-    return tree_map(gather, tree)
-
-
-def like(value: Any, reference: torch.Tensor) -> Any:
-    """A whole tensor sharded as the reference is, if that is sharded and of the same shape."""
-    if isinstance(reference, DTensor) and isinstance(value, torch.Tensor) and value.shape == reference.shape:
-        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
-    return value
 
 
 def clip_grad(groups: list[list[torch.Tensor]], limit: float) -> None:

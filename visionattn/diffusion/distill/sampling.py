@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from visionattn._files import atomic_write
+
 from .cache import Cache
-from .config import Config, UserError
-from .files import atomic_write, make_folder
+from .config import Config, UserError, make_folder
 from .flow import pack, unpack
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from visionattn._files import atomic_write
+
 from ..config import UserError
 from .data import SPLITS, load_folder, load_or_generate, statistics
 from .engine import GraphTrainer, load_config, save
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": round(trainer.seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",
     }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0
 

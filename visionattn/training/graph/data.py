@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from visionattn._files import atomic_write
 from visionattn.ops.graph import CSR, Graph, laplacian_eigenvectors
 
 from ..config import UserError
@@ -223,10 +224,7 @@ def load_or_generate(
         stored = torch.load(path, weights_only=True)
         return {split: GraphSet(**tensors) for split, tensors in stored.items()}
     data = generate(name, seed, sizes, k)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({split: vars(graphs) for split, graphs in data.items()}, scratch)
-    os.replace(scratch, path)
+    atomic_write(path, lambda f: torch.save({split: vars(graphs) for split, graphs in data.items()}, f))
     return data
 
 

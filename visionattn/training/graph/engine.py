@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from visionattn._files import atomic_write
 from visionattn.layers.graph_transformer import GraphTransformerLayer, GraphTransformerNet
 
 from ..config import UserError
@@ -320,9 +320,6 @@ class GraphTrainer:
 
 def save(trainer: GraphTrainer, folder: Path) -> None:
     """``checkpoint.pt`` (about 6 MB for the paper's nets) and ``history.json``, each written whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{os.getpid()}.tmp"
-    torch.save(trainer.state(), scratch)
-    os.replace(scratch, folder / "checkpoint.pt")
-    scratch.write_text(json.dumps(trainer.history, indent=0))
-    os.replace(scratch, folder / "history.json")
+    state = trainer.state()
+    atomic_write(folder / "checkpoint.pt", lambda f: torch.save(state, f))
+    atomic_write(folder / "history.json", json.dumps(trainer.history, indent=0))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from visionattn._files import atomic_write
 from visionattn.layers.graph_transformer import GraphTransformerNet
 from visionattn.ops.graph import Graph, make_graph
 
@@ -218,6 +219,6 @@ def run_superpixels(values: dict[str, Any], args: argparse.Namespace) -> int:
     result = train_superpixels(cfg, lambda line: print(line, flush=True))
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "history"}))
     return 0
