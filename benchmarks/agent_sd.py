@@ -2,6 +2,7 @@
 
     python benchmarks/agent_sd.py                            # 512, 768 and 1024 px, a few minutes on a GPU
     python benchmarks/agent_sd.py --sizes 512 --ratios 0.1 0.5 --compile
+    python benchmarks/agent_sd.py --budget 1 --seconds 100
     python benchmarks/agent_sd.py --device cpu --tiny --sizes 128 --budget 1        # that the script runs
 
 A step is one call of the U-Net with both halves of classifier-free guidance. Rows: ``dense`` (PyTorch's attention);
@@ -117,8 +118,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled transformer blocks (whole graphs)")
     parser.add_argument("--tiny", action="store_true", help="a small U-Net of the same form")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds to measure one row")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no new size after this")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    started = time.time()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here: use --device cpu --tiny to see that the script runs")
     if any(size % 64 for size in args.sizes):
@@ -136,6 +139,9 @@ def main() -> None:
         mode += ", tiny"
     table: list[tuple] = []
     for size in args.sizes:
+        if time.time() - started > args.seconds:
+            print(f"{size} px: left out, the time is up", flush=True)
+            continue
         for ratio, row, s, gain, peak, calls in measure(unet, size, args):
             values = (ratio, row, round(1000 * s, 3), round(gain, 3), peak and round(peak, 2), calls)
             table.append((name, version, args.dtype, mode, size, *values))
