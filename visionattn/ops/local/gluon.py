@@ -1,0 +1,172 @@
+"""Launches the Gluon kernels of kernels_hopper.py: the forward pass on GPUs of compute capability 9.0."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from . import fused
+from .patterns import Cross
+from .tiles import Shape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variant of the kernel: tiles of queries and keys (z, y, x), and how its warps share the work.
+
+    part: the queries of one warpgroup, or the whole tile where all warpgroups run as one. `special`: a warp of its own
+    loads. `registers`: per thread, of consumers and of the loading warp; `cap`: what ptxas is told. `persistent`: as
+    many programs as multiprocessors, each of which goes through many tiles.
+    """
+
+    query: Shape = (1, 8, 16)
+    key: Shape = (1, 8, 16)
+    part: Shape = (1, 4, 16)
+    stages: int = 2
+    special: bool = True
+    pingpong: bool = False
+    registers: tuple[int, int] = (240, 24)
+    cap: int | None = 168
+    persistent: bool = True
+
+    @property
+    def keys(self) -> int:
+        return math.prod(self.key)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.part)
+
+
+def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
+    """Why the kernels can't run on these arguments, or None."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"needs heads of 64 or 128 channels, got {q.shape[-1]}"
+    if ek is not None or bias is not None or (lengths is not None and text):
+        return "has no extra keys, biases or text lengths"
+    if not isinstance(pattern, Cross) and any(d > 1 for d in fused.boxes(pattern, grid).dilations):
+        return "has no dilation"
+    if not all(fused._suits_descriptor(x) for x in (q, k, v)):
+        return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
+    try:
+        from . import kernels_hopper  # noqa: F401
+    except ImportError as e:
+        return f"needs Gluon, which ships with triton 3.6: {e}"
+    return None
+
+
+def _describe(found, block):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = gl.bfloat16 if found.base.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
+    return TensorDescriptor(found.base, list(found.shape), list(found.strides), list(block), layout)
+
+
+def _programs(setting: Setting, tiles: int, device) -> int:
+    if not (setting.special and setting.persistent):
+        return tiles
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _launch(p, setting, descriptors, pointers, sizes, box, rest, tiles, kind, three, causal, parts):
+    from . import kernels_hopper
+
+    kernels_hopper.forward_kernel[(_programs(setting, tiles, p.device),)](
+        *descriptors, *pointers, *sizes, *box, *rest, tiles, p.qk_scale,
+        Q=setting.query, K=setting.key, SUB=setting.part, CAUSAL=causal, KIND=kind, THREE=three, PARTS=parts,
+        LENGTHS=False, STAGES=setting.stages, D=p.D, SPECIAL=setting.special, PINGPONG=setting.pingpong,
+        REGISTERS=setting.registers, num_warps=setting.rows // 16, maxnreg=setting.cap,
+    )  # fmt: skip
+
+
+def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting) -> None:
+    """The rows of grid queries. `lse` (B, heads, N)."""
+    b = p.boxes
+    table, classes = p.table(setting.query, setting.key)
+    for batch, count in p.batches() if b.three else [(0, p.batch)]:
+        part, block = [*setting.part, 1, p.D], [*setting.key, 1, p.D]
+        grids = [
+            _describe(p.grid_descriptor(x, y, batch), z)
+            for x, y, z in ((q, setting.part, part), (k, setting.key, block), (v, setting.key, block))
+        ]
+        run = (None, None)
+        if p.text:
+            run = tuple(
+                _describe(p.run_descriptor(x[batch:], p.text_at, p.text, setting.keys), [1, setting.keys, 1, p.D])
+                for x in (k, v)
+            )
+        tiles = b.tiles(setting.query)
+        _launch(
+            p, setting, (*grids, *run, _describe(p.grid_descriptor(out, setting.part, batch), part)),
+            (None, lse[batch:], None, table), (*b.lengths, p.heads, *tiles), (*b.windows, *b.strides),
+            (p.text, 0, p.group, classes, b.radius_sq, p.N, p.first), math.prod(tiles) * p.heads * count, b.kind, b.three,
+            b.causal, 2 if p.text else 1,
+        )  # fmt: skip
+
+
+def best_chunks(programs: int, length: int, block: int, processors: int) -> int:
+    """Into how many chunks the keys of `programs` tiles are cut so that the multiprocessors end together."""
+    most = max(1, min(24, length // (8 * block)))
+
+    def cost(chunks):
+        rounds = -(-programs * chunks // processors)
+        return rounds * (-(-length // chunks) + 2 * block)  # a program's start and end cost about two tiles
+
+    return min(range(1, most + 1), key=cost)
+
+
+def text_forward(p: fused.Plan, q, k, v, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of the rows of text queries: (chunks, B, heads, text, D), and log-sum-exp of base 2, in float32."""
+    queries = math.prod(setting.query)
+    tiles = triton.cdiv(p.text, queries)
+    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    chunks = best_chunks(tiles * p.heads * p.batch, p.N, setting.keys, processors)
+    chunk = triton.cdiv(triton.cdiv(p.N, chunks), setting.keys) * setting.keys
+    chunks = triton.cdiv(p.N, chunk)
+    part = torch.empty((chunks, p.batch, p.heads, p.text, p.D), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    rows = [1, setting.rows, 1, p.D]
+    block = [1, setting.keys, 1, p.D]
+    descriptors = [_describe(p.run_descriptor(q, p.text_at, p.text, setting.rows), rows), None, None]
+    descriptors += [_describe(p.run_descriptor(x, 0, p.N, setting.keys), block) for x in (k, v)]
+    _launch(
+        p, setting, (*descriptors, None), (part, part_lse, None, None), (p.batch, 1, 1, p.heads, chunks, 1, tiles),
+        (1,) * 6, (p.text, chunk, p.group, 0, 0, p.N, p.first), chunks * tiles * p.heads * p.batch, 0, False,
+        (False,) * 3, 0,
+    )  # fmt: skip
+    return part, part_lse
+
+
+TEXT = Setting(query=(1, 1, 128), key=(1, 1, 128), part=(1, 1, 64))
+
+
+def forward(q, k, v, grid, pattern, text, text_first, scale, setting: Setting, dense: Setting = TEXT):
+    """As fused.forward: output (B, N, H, D), and natural log-sum-exp (B, H, N) in float32."""
+    q, k, v = (fused._inner(t) for t in (q, k, v))
+    p = fused.plan(q, k, v, None, None, None, None, grid, pattern, text, text_first, scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((p.batch, p.heads, p.N), dtype=torch.float32, device=q.device)
+    if p.text:
+        parts, part_lse = text_forward(p, q, k, v, dense)
+        merge(p, parts, part_lse, out, lse)
+    grid_forward(p, q, k, v, out, lse, setting)
+    return out, lse
+
+
+def merge(p: fused.Plan, parts, part_lse, out, lse) -> None:
+    """Joins the parts of text rows."""
+    rows, chunks = 16, len(parts)
+    tiles = triton.cdiv(p.text, rows)
+    launch = p.launch(
+        ("merge", chunks), fused.kernels.merge_chunks, tiles * p.heads * p.batch,
+        (*out.stride()[:3], p.heads, p.text, p.text_at, p.N, tiles, chunks), dict(BM=rows, D=p.D, DP=p.DP),
+        replace(p.tiles.forward, warps=4, stages=1),
+    )  # fmt: skip
+    launch(parts, part_lse, out, lse)
