@@ -9,7 +9,6 @@ what a trained network attends to. ``digits`` has the weights that come along, o
 
 import argparse
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 import visionattn  # noqa: F401  registers the models
+from visionattn._files import atomic_write
 from visionattn.cli.images import Subject, sample
 from visionattn.cli.maps import seen_by, seen_by_all
 from visionattn.maps import AttentionMap, attention_maps, rollout
@@ -154,9 +154,7 @@ def main() -> None:
     for name, make in (("mechanisms", mechanisms), ("digits", digits)):
         if args.only in (None, name):
             path = args.out / f"maps-{name}.jpg"
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(make())
-            os.replace(temporary, path)
+            atomic_write(path, make())
             print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -10,7 +10,6 @@ recipe for the digits.
 
 import argparse
 import csv
-import os
 import re
 import statistics
 import sys
@@ -24,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import visionattn
+from visionattn._files import atomic_write, replacing
 from visionattn.training import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ def write_tables(rows: list[dict], document: Path) -> None:
     old = document.read_text()
     if BEGIN not in old or END not in old:
         raise SystemExit(f"digits.py: {document} has no place for the tables, between {BEGIN!r} and {END!r}")
-    document.write_text(re.sub(f"{BEGIN}.*{END}", lambda m: f"{BEGIN}\n{text}{END}", old, flags=re.S))
+    atomic_write(document, re.sub(f"{BEGIN}.*{END}", lambda m: f"{BEGIN}\n{text}{END}", old, flags=re.S))
 
 
 def main() -> None:
@@ -177,13 +177,10 @@ def main() -> None:
             print(f"digits.py: {which}, {name}, seed {seed}", file=sys.stderr, flush=True)
             row = dict(table=which, name=name, seed=seed, epochs=args.epochs)
             rows.append(row | train(model, size, kwargs, seed, args.epochs))
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            temporary = args.csv.with_name(f".{args.csv.name}.tmp")
-            with temporary.open("w", newline="") as file:
+            with replacing(args.csv) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)
                 writer.writeheader()
                 writer.writerows(rows)
-            os.replace(temporary, args.csv)
             write_tables(rows, args.document)
     if rows:
         write_tables(rows, args.document)

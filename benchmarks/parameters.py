@@ -10,7 +10,6 @@ the reference implementations count. Ours are counted on meta tensors: no memory
 import argparse
 import csv
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
+from visionattn._files import atomic_write, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -240,21 +240,11 @@ def measure(row: Row, known: dict[str, str] | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
-    def write(to: Path) -> None:
-        with to.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    replace(path, write)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -287,7 +277,7 @@ def write_document(path: Path, rows: list[dict[str, str]]) -> None:
     if BEGIN not in old or END not in old:
         raise SystemExit(f"parameters.py: {path} has no place for the tables, between {BEGIN!r} and {END!r}")
     text = f"{BEGIN}\n{markdown(rows)}\n{END}"
-    replace(path, lambda to: to.write_text(re.sub(f"{BEGIN}.*{END}", lambda m: text, old, flags=re.S)))
+    atomic_write(path, re.sub(f"{BEGIN}.*{END}", lambda m: text, old, flags=re.S))
 
 
 def picture(path: Path, rows: list[dict[str, str]]) -> None:
@@ -309,7 +299,7 @@ def picture(path: Path, rows: list[dict[str, str]]) -> None:
     axis.set_title("Sizes differ between points: 224 to 600 px, as published")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    replace(path, lambda to: figure.savefig(to, dpi=110, format="png"))
+    atomic_write(path, lambda f: figure.savefig(f, dpi=110, format="png"))
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ import timm
 import torch
 
 import visionattn  # noqa: F401
-from visionattn.training import config, distributed
+from visionattn._world import World
+from visionattn.training import config
 from visionattn.training.engine import Trainer
 
 DEFAULTS = {"resnet50": (224, 128), "halo_h1": (256, 64)}  # image side and batch
@@ -43,7 +44,7 @@ class Engine:
             "img_size": side, "batch_size": batch, "opt": "momentum", "lr": 1e-3, "sched": "cosine", "epochs": 1000,
             "amp": args.amp, "channels_last": args.channels_last, "compile": args.compile, "device": str(device),
         })  # fmt: skip
-        self.trainer = Trainer(cfg, distributed.World(device))
+        self.trainer = Trainer(cfg, World(device))
 
     def run(self, steps: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -12,7 +12,6 @@ those of the last epoch: no epoch is chosen by the images that the accuracy is s
 import argparse
 import csv
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,9 +19,10 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import visionattn  # noqa: F401  registers the models
+from visionattn._files import atomic_write
 from visionattn.checkpoints import manifest, sha256
 from visionattn.cli.weights import as_markdown
 from visionattn.training import cli
@@ -73,16 +73,13 @@ def evaluate(name: str) -> float:
 
 
 def release(name: str, source: Path) -> None:
-    """Copies trained weights into ``weights/``, under a temporary name first."""
+    """Copies trained weights into ``weights/``."""
     about = {"model": f"{name}.digits", "dataset": "scikit-learn digits", "num_classes": 10}
     target = WEIGHTS / f"{name}.digits.safetensors"
-    temporary = target.with_suffix(".tmp")
-    save_file(load_file(source), temporary, metadata={"format": "pt", "visionattn": json.dumps(about)})
-    if temporary.stat().st_size > LIMIT:
-        temporary.unlink()
+    blob = save(load_file(source), metadata={"format": "pt", "visionattn": json.dumps(about)})
+    if len(blob) > LIMIT:
         raise SystemExit(f"train_test_weights.py: {name} has more than {LIMIT:,} bytes")
-    temporary.chmod(0o644)  # safetensors writes for its owner alone; these travel in a wheel
-    os.replace(temporary, target)
+    atomic_write(target, blob)
 
 
 def record(name: str, top1: float, command: list[str]) -> None:
@@ -105,18 +102,14 @@ def record(name: str, top1: float, command: list[str]) -> None:
         "recipe": " ".join(["python train.py", *command]),
     }
     rows = [entries[key] for key in sorted(entries)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(head + BEGIN + yaml.safe_dump(rows, sort_keys=False, width=200))
-    os.replace(temporary, path)
+    atomic_write(path, head + BEGIN + yaml.safe_dump(rows, sort_keys=False, width=200))
 
 
 def write_document() -> None:
     """Puts the manifest's tables between the marks of the document."""
     old = DOCUMENT.read_text()
     text = "\n".join((MARKS[0], "", as_markdown(list(manifest().values())), "", MARKS[1]))
-    temporary = DOCUMENT.with_suffix(".tmp")
-    temporary.write_text(re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda m: text, old, flags=re.S))
-    os.replace(temporary, DOCUMENT)
+    atomic_write(DOCUMENT, re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda m: text, old, flags=re.S))
 
 
 def main() -> None:

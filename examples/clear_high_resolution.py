@@ -50,7 +50,7 @@ def main() -> None:
         else:
             from diffusers import FluxPipeline
 
-            pipe, weights = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16), args.weights
+            pipe, weights = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16), args.weights
             pipe.to("cuda")
             sizes = dict(height=args.size, width=args.size)
         with load_clear(pipe, weights, proportional=True) as handle:

@@ -49,7 +49,7 @@ def degrees(args: argparse.Namespace, size: int) -> dict[str, int]:
 
 
 def generate(args: argparse.Namespace, device: torch.device, parallel: dict[str, int], rank: int) -> None:
-    pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(device)
+    pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=rank != 0)
     pipe.vae.enable_tiling()
     pipe.transformer.set_attention_backend("_native_cudnn")  # of dense steps: PyTorch's default has no ring attention

@@ -21,7 +21,7 @@ def load(args: argparse.Namespace):
         return tiny_flux()
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
     pipe.vae.enable_tiling()
     return pipe

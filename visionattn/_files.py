@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
@@ -13,10 +14,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to fill; at the end it is forced to the disk and takes the name.
 
     Until then the old file stays; if the body raises, it stays for good, and the temporary one goes. The folder is
-    made where it lacks. A temporary name holds the process's number: two processes never write into one file.
+    made where it lacks. The temporary name holds the thread's number (a process's own, in its main thread): two never
+    write into one file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         yield temporary
         _sync(temporary)

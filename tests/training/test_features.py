@@ -12,7 +12,8 @@ from torch import nn
 
 import visionattn  # noqa: F401
 from tests.training.conftest import ROOT, TINY, differences, only_run, state_of
-from visionattn.training import build, config, data, distributed
+from visionattn._world import World
+from visionattn.training import build, config, data
 from visionattn.training.engine import Trainer
 
 SYNTHETIC = f"{TINY} --dataset synthetic --synthetic-images 16 --num-classes 4 --epochs 1"
@@ -23,7 +24,7 @@ PLAIN = "--model test_vit --model-kwargs img_size=32 --img-size 32 --batch-size 
 def trainer(arguments: str) -> Trainer:
     torch.set_num_threads(1)
     cfg, _ = config.parse(arguments.split())
-    return Trainer(cfg, distributed.World(torch.device("cpu")))
+    return Trainer(cfg, World(torch.device("cpu")))
 
 
 def weights_after(run) -> dict:
@@ -355,7 +356,8 @@ def test_checkpoint_of_another_class_count_starts_a_fine_tuning(train, pictures,
 
 
 def test_webdataset_shards(train, pictures, tmp_path):
-    """Two shards a split, with the description that timm reads; a whole run, and one that stops and is resumed."""
+    """Two shards a split, with the description that timm reads; a run that stops within its second epoch goes on as the
+    whole one, whether the loop reads or two workers do."""
     pytest.importorskip("webdataset")
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -375,13 +377,16 @@ def test_webdataset_shards(train, pictures, tmp_path):
                         entry.size = len(content)
                         t.addfile(entry, io.BytesIO(content))
     (shards / "_info.json").write_text(json.dumps({"splits": info}))
-    args = f"{TINY} --dataset wds/ --data-dir {shards} --num-classes 3 --epochs 2"
-    status, out, err = train(args, output=tmp_path / "whole")
-    assert status == 0 and "6 batches of 8" in out, err
-    assert train(f"{args} --stop-step 8", output=tmp_path / "parts")[0] == 0
-    run = only_run(tmp_path / "parts")
-    assert train(f"--resume {run}")[0] == 0
-    assert state_of(run)["position"]["step"] == state_of(only_run(tmp_path / "whole"))["position"]["step"] == 12
+    for workers in (0, 2):
+        args = f"{TINY} --dataset wds/ --data-dir {shards} --num-classes 3 --epochs 2 --workers {workers}"
+        whole, parts = tmp_path / f"whole{workers}", tmp_path / f"parts{workers}"
+        status, out, err = train(args, output=whole)
+        assert status == 0 and "6 batches of 8" in out, err
+        assert train(f"{args} --stop-step 8", output=parts)[0] == 0
+        run = only_run(parts)
+        assert train(f"--resume {run}")[0] == 0
+        assert state_of(run)["position"]["step"] == 12
+        assert differences(state_of(only_run(whole)), state_of(run)) == []
 
 
 def test_manual_lists_every_option():

@@ -9,8 +9,9 @@ import torch
 
 from tests.training.conftest import ROOT, only_run, state_of
 from tests.training.test_distributed import LAUNCH, free_ports
+from visionattn._world import World
 from visionattn.layers.moh import MoHAttention
-from visionattn.training import config, distributed
+from visionattn.training import config
 from visionattn.training.engine import Trainer
 
 COMMON = "--dataset synthetic --synthetic-images 16 --num-classes 4 --batch-size 8 --workers 0 --seed 1 --epochs 1"
@@ -21,7 +22,7 @@ MOH_VIT = f"--model test_moh_vit --img-size 64 {COMMON}"
 def trainer(arguments: str) -> Trainer:
     torch.set_num_threads(1)
     cfg, _ = config.parse(arguments.split())
-    return Trainer(cfg, distributed.World(torch.device("cpu")))
+    return Trainer(cfg, World(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("more", ["", "--grad-checkpointing --ema"])

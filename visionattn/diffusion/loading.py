@@ -67,7 +67,7 @@ def _tiny(dtype: str) -> Any:
 
 def _pretrained(name: str, dtype: str) -> Any:
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise ValueError(f"--pipeline {name} can't be loaded as a diffusers pipeline: {reason}") from None

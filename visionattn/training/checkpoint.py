@@ -40,6 +40,7 @@ def save(run: Path, state: dict[str, Any], weights: dict[str, torch.Tensor], abo
 
 def _link(source: Path, target: Path) -> None:
     with replacing(target) as temporary:
+        temporary.unlink(missing_ok=True)  # a killed process's, of the same number
         try:
             os.link(source, temporary)
         except OSError:  # a file system without hard links

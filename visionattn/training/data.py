@@ -6,6 +6,7 @@ before it, and the sampler's position is one number.
 """
 
 import contextlib
+import copy
 import itertools
 import random
 import signal
@@ -319,11 +320,11 @@ class TrainLoader:
             self.dataset = self.samples = Samples(dataset, mode, _train_transform(cfg, data))
             self.sampler = EpochSampler(len(dataset), cfg, rank, world)
             self.batches = self.sampler.batches
-            self.loader = self._loader(sampler=self.sampler, persistent_workers=cfg.workers > 0)
+            self.loader = self._loader(self.dataset, sampler=self.sampler, persistent_workers=cfg.workers > 0)
 
-    def _loader(self, **kwargs: Any) -> PrefetchLoader:
+    def _loader(self, dataset: Any, **kwargs: Any) -> PrefetchLoader:
         loader = DataLoader(
-            self.dataset, batch_size=self.cfg.batch_size, num_workers=self.cfg.workers, drop_last=True,
+            dataset, batch_size=self.cfg.batch_size, num_workers=self.cfg.workers, drop_last=True,
             collate_fn=fast_collate, pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
             generator=torch.Generator(), **kwargs,
         )  # fmt: skip
@@ -339,12 +340,16 @@ class TrainLoader:
             self.sampler.set_epoch(epoch, start)
             yield from self.loader
             return
-        # A stream can't be entered in the middle: read and drop. Fresh workers with a seed of the epoch's own read the
-        # same order again.
+        # A stream can't be entered in the middle: read and drop. A fresh reader with a seed of the epoch's own reads the
+        # same order again. Workers are fresh, and seeded by the loader; the loop itself needs a copy that never read.
+        seed = mix_seed(self.cfg.seed, epoch, -1)
         self.dataset.set_epoch(epoch)
         self.dataset.transform.epoch, self.dataset.transform.count = epoch, 0
-        loader = self._loader()
-        loader.loader.generator.manual_seed(mix_seed(self.cfg.seed, epoch, -1))
+        dataset = copy.copy(self.dataset)
+        dataset.reader = copy.copy(dataset.reader)
+        dataset.reader.worker_seed = seed
+        loader = self._loader(dataset)
+        loader.loader.generator.manual_seed(seed)
         yield from itertools.islice(loader, start, self.batches)
 
 
