@@ -35,7 +35,7 @@ def masked_sdpa(monkeypatch, case, grid, pattern, references=0):
 
     def attention(query, key, value, attn_mask=None, **kwargs):
         total = query.shape[-2]
-        text = {n + extra + case.text: case.text, n + extra: 0}.get(total)
+        text = {n + extra + case.text: case.text, n + extra: 0, n: 0}.get(total)
         if text is None or key.shape[-2] != total:
             return real(query, key, value, attn_mask=attn_mask, **kwargs)
         mask = torch.ones(total, total, dtype=torch.bool)
@@ -104,7 +104,7 @@ def test_resolutions_and_batches(name, models, monkeypatch):
         torch.testing.assert_close(results[2 * i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "flux3", "qwen"])
 def test_reference_tokens_are_always_visible(name, models, monkeypatch):
     case, model = tiny.CASES[name], models[name]
     grid = tiny.grid_of(case, name)

@@ -78,6 +78,25 @@ def _flux2_inputs(grid=(HEIGHT, WIDTH), batch=1, references=0, text=4) -> dict[s
     )  # fmt: skip
 
 
+def _flux3() -> torch.nn.Module:
+    return diffusers.Flux3Transformer2DModel(
+        in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, timestep_channels=16, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+
+def _flux3_inputs(grid=(HEIGHT, WIDTH), batch=1, references=0, text=4) -> dict[str, Any]:
+    more = {}
+    if references:
+        ids = image_ids(references, grid[1], time=1, columns=4)
+        more = dict(image_cond_hidden_states=noise(batch, len(ids), 4, seed=5), image_cond_ids=ids)
+    ids = image_ids(*grid, columns=4)
+    return dict(
+        hidden_states=noise(batch, len(ids), 4), encoder_hidden_states=noise(batch, text, 12, seed=2),
+        timestep=torch.full((batch,), 0.5), img_ids=ids, txt_ids=torch.zeros(text, 4), **more,
+    )  # fmt: skip
+
+
 def _qwen() -> torch.nn.Module:
     return diffusers.QwenImageTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -220,6 +239,7 @@ def _cogvideox_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1, text=4) -> dict[str
 CASES = {
     "flux": Case(_flux, _flux_inputs),
     "flux2": Case(_flux2, _flux2_inputs),
+    "flux3": Case(_flux3, _flux3_inputs),
     "qwen": Case(_qwen, _qwen_inputs),
     "hunyuan_video": Case(_hunyuan, _hunyuan_inputs, ndim=3, text_first=False),
     "wan": Case(_wan, _wan_inputs, ndim=3, text=0),

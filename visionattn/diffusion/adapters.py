@@ -186,6 +186,27 @@ class Flux2(Flux):
         return super().layout(transformer, call, cache)
 
 
+class Flux3(Adapter):
+    """FLUX.3: first the image alone, then [text | image | references]; ids (time, row, column, layer)."""
+
+    models = ("Flux3Transformer2DModel",)
+
+    def sites(self, transformer):
+        early, joint = transformer.mode_blocks["image"], transformer.single_transformer_blocks
+        sites = [Site(f"mode_blocks.image.{i}.attn", b.attn) for i, b in enumerate(early)]
+        return sites + [Site(f"single_transformer_blocks.{i}.attn", b.attn) for i, b in enumerate(joint)]
+
+    def layout(self, transformer, call, cache):
+        grid = cache(_need(call, "img_ids"), self.grid)
+        references = call.get("image_cond_hidden_states")
+        extra = 0 if references is None else references.shape[1]
+        return Layout(grid, _need(call, "encoder_hidden_states").shape[1], True, extra), None
+
+    @staticmethod
+    def grid(ids: torch.Tensor) -> tuple[int, ...]:
+        return grid_of_ids(ids, rows=1, cols=2)
+
+
 class QwenImage(Adapter):
     """Qwen-Image: [text | image | references], shapes (frames, rows, columns) in ``img_shapes``."""
 
@@ -341,7 +362,7 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-for _adapter in (Flux, Flux2, QwenImage, HunyuanVideo, Wan, LTX, DiT, SD3, CogVideoX):
+for _adapter in (Flux, Flux2, Flux3, QwenImage, HunyuanVideo, Wan, LTX, DiT, SD3, CogVideoX):
     register_adapter(_adapter)
 
 

@@ -30,14 +30,18 @@ class Layout:
         return math.prod(self.grid)
 
     def role(self, queries: int, keys: int) -> str | None:
-        """What a call with so many queries and keys is: ``'joint'``, ``'image'``, or None (another attention)."""
+        """What a call with so many queries and keys is.
+
+        ``'joint'``: all; ``'image'``: all but text; ``'grid'``: the grid without extra tokens that it has elsewhere;
+        None: another attention.
+        """
         if queries != keys:
             return None
         if queries == self.tokens + self.extra + self.text:
             return "joint"
         if self.text and queries == self.tokens + self.extra:
             return "image"
-        return None
+        return "grid" if self.extra and queries == self.tokens else None
 
 
 class GridError(ValueError):

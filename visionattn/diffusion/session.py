@@ -109,6 +109,8 @@ class Layer:
         """The layer's pattern on a call that :meth:`_why_dense` let through."""
         layout = self.session.layout
         role = layout.role(q.shape[1], k.shape[1])
+        if role == "grid":
+            layout = self.session.alone
         text = layout.text if role == "joint" else 0
         lengths = self.session.text_lengths if text and layout.padded_text else None
         first = layout.text_first
@@ -188,6 +190,7 @@ class Session:
         self.proportional = proportional
         self.layers: dict[str, Layer] = {}
         self.layout: Layout | None = None
+        self.alone: Layout | None = None  # the grid without text and extra tokens
         self.text_lengths: torch.Tensor | None = None
         self.problem: str | None = None
         self.spread: str | None = None  # how the last call's tokens lay over processes
@@ -245,6 +248,7 @@ class Session:
         try:
             call = self.adapter.bind(self.module, args, kwargs)
             self.layout, self.text_lengths = self.adapter.layout(self.module, call, self._grid_cache)
+            self.alone = Layout(self.layout.grid)
             self.problem = None
         except GridError as e:
             self.layout, self.text_lengths, self.problem = None, None, str(e)
