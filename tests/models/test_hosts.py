@@ -340,5 +340,6 @@ def test_gradients_on_a_gpu(name):
     for run in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()
         (run(x) * weights).sum().backward()
-        for k, p in model.named_parameters():
-            assert relative_error(p.grad, expected[k].numpy()) < 1e-3, k
+        for k, p in model.named_parameters():  # the last block's mixing of patches reaches no class token: zeros
+            error = (p.grad.cpu() - expected[k]).norm()
+            assert error <= 1e-3 * expected[k].norm(), k

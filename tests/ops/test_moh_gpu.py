@@ -58,7 +58,7 @@ def make(B, H, W, heads, dim, P, dtype, window=3):
 
 
 @DTYPES
-@pytest.mark.parametrize("case", [(2, 56, 56, 3, 24, 49), (1, 25, 33, 2, 24, 12), (1, 30, 40, 2, 32, 300)])
+@pytest.mark.parametrize("case", [(2, 56, 56, 12, 24, 49), (1, 25, 33, 16, 24, 12), (1, 30, 40, 16, 32, 300)])
 def test_aggregated(case, dtype):
     tensors = make(*case, dtype)
     grid = case[1:3]

@@ -94,7 +94,7 @@ def _kernels() -> dict[str, str | None]:
         "halo attention": halo.can_run_triton(q, q, q, table, table, 8, 3),
         "local attention": found.unavailable.get("triton"),
         "mixture of heads": routed,
-        "aggregated attention": aggregated.can_run_triton(tokens) or (None if aggregated._PROVEN else waiting),
+        "aggregated attention": aggregated.can_run_triton(tokens),
         "graph attention": None if graph_ok else graph_reason,
         "InLine attention": cpu or waiting,
         "depthwise residual": cpu or waiting,

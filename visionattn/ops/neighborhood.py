@@ -88,8 +88,6 @@ def choose_backend(
     if not q.is_cuda or dropout > 0.0 or scale <= 0.0 or v.shape[-1] != q.shape[-1] or torch.jit.is_tracing():
         return "tiles"
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    if grad and bias is not None:
-        return "tiles"  # the kernels' gradient of a bias was wrong on a GPU once, and its successor has not run on one
     reason = _kernels_reason(
         str(q.device), q.dtype, fixed(q.shape[3]), fixed(q.shape[2]), fixed(k.shape[2]),
         tuple(encode(pattern, dims)), dims, False, False, None if bias is None else bias.dtype, False, grad,

@@ -10,7 +10,6 @@ from visionattn.ops._triton import cannot_run
 from .reference import aggregated_attention_reference
 
 BACKENDS = ("auto", "reference", "triton")
-_PROVEN = False  # whether tests/ops/test_moh_gpu.py has passed on a GPU; until then 'auto' takes the reference
 
 
 def aggregated_attention(
@@ -105,8 +104,6 @@ def _static_reason(auto: bool, device: str, dtype: torch.dtype, dim: int, window
     # asked here, where Dynamo runs Python: its own answer to is_exporting() depends on torch's version
     if auto and (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()):
         return "an export takes the reference, whose operators every consumer knows"
-    if auto and not _PROVEN:
-        return "the kernels' GPU tests have not all passed yet: backend='triton' asks for them"
     if dim > 128 or window > 7:
         return f"heads of {dim} channels and window={window}: the kernels hold 128 channels and a window of 7"
     reason = cannot_run(device, dtype)

@@ -74,13 +74,17 @@ def _local_logits(
 
 
 @triton.jit
+def _pooled_bias(BP, n, p, inside, inside_p, P):
+    return tl.load(BP + n[:, None] * P + p[None], mask=inside[:, None] & inside_p[None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _pooled_logits(
     asked, k_unit, BP, n, p, inside, inside_p, P,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """(BM, BP) logits of a tile of pooled keys; -inf beyond P."""
-    bias = tl.load(BP + n[:, None] * P + p[None], mask=inside[:, None] & inside_p[None], other=0.0).to(tl.float32)
-    logits = tl.dot(asked, tl.trans(k_unit), input_precision=PREC) + bias
+    logits = tl.dot(asked, tl.trans(k_unit), input_precision=PREC) + _pooled_bias(BP, n, p, inside, inside_p, P)
     return tl.where(inside_p[None], logits * LOG2E, float("-inf"))
 
 
@@ -200,16 +204,20 @@ def query_grad(
         lse = tl.load(LSE + n, mask=inside, other=float("inf"))  # no weight where there is no token
         grad = _rows(DOUT, n, gn, inside, D, DP)
         out = _rows(OUT, n, heads * D, inside, D, DP)
-        weight = tl.exp2(_local_logits(asked, KV, kn, BL, n, inside, H, W, D, DP, WIN, LP) - lse[:, None])
+        local = _local_logits(asked, KV, kn, BL, n, inside, H, W, D, DP, WIN, LP)
+        weight = tl.exp2(local - lse[:, None])
         d_weight = tl.zeros((BM, LP), dtype=tl.float32)
         for j in range(WIN * WIN):
             row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
             value = _rows(KV + kc, row, kn, on, D, DP)
             d_weight = tl.where(column[None] == j, tl.sum(grad * value, 1)[:, None], d_weight)
         learned = tl.dot(unit.to(dtype), tokens, input_precision=PREC) + token_bias[None]
-        delta = tl.sum(grad * out, 1) - tl.sum(learned * d_weight, 1)
-        tl.store(DELTA + n, delta, mask=inside)
+        delta = tl.sum(grad * out, 1) - tl.sum(learned * d_weight, 1)  # as exact as the stored output
+        exact = tl.sum(weight * d_weight, 1)
         d_logits = weight * (d_weight - delta[:, None])
+        bias = tl.load(BL + column, mask=column < L, other=0.0).to(tl.float32)
+        local = tl.where(local > float("-inf"), local * (1 / LOG2E) - bias[None], 0.0)
+        mean = tl.sum(weight * local, 1)  # of the logits without their biases
         d_asked = tl.zeros((BM, DP), dtype=tl.float32)
         for j in range(WIN * WIN):
             row, on = _neighbour(n, inside, H, W, j // WIN - WIN // 2, j % WIN - WIN // 2)
@@ -223,15 +231,22 @@ def query_grad(
             inside_p = p < P
             key_p = _rows(KVP, p, pn, inside_p, D, DP)
             k_unit = (key_p * _inverse_norm(key_p)[:, None]).to(dtype)
-            pooled = tl.exp2(_pooled_logits(low_asked, k_unit, BP, n, p, inside, inside_p, P, PREC) - lse[:, None])
+            bias_p = _pooled_bias(BP, n, p, inside, inside_p, P)
+            logits = tl.dot(low_asked, tl.trans(k_unit), input_precision=PREC)
+            pooled = tl.where(inside_p[None], tl.exp2((logits + bias_p) * LOG2E - lse[:, None]), 0.0)
+            mean += tl.sum(pooled * logits, 1)
             value_p = _rows(KVP + pc, p, pn, inside_p, D, DP).to(dtype)
             d_pooled = tl.dot(low_grad, tl.trans(value_p), input_precision=PREC)
+            exact += tl.sum(pooled * d_pooled, 1)
             d_pooled = (pooled * (d_pooled - delta[:, None])).to(dtype)
             d_asked = tl.dot(d_pooled, k_unit, d_asked, input_precision=PREC)
+        tl.store(DELTA + n, exact, mask=inside)
         low_d_weight = d_weight.to(dtype)
         d_unit = d_asked * (log_keys * tau)[:, None]
         d_embedding += tl.sum(d_unit, 0)
+        # a sum over all tokens that nearly cancels: the error of delta would be its largest part
         d_tau += tl.sum(d_asked * (unit + embedding[None]), 1) * log_keys
+        d_tau -= tl.where(inside, (exact - delta) * mean / tau, 0.0)
         d_unit = tl.dot(low_d_weight, tl.trans(tokens), d_unit, input_precision=PREC)
         d_tokens = tl.dot(tl.trans(unit.to(dtype)), low_d_weight, d_tokens, input_precision=PREC)
         d_token_bias += tl.sum(d_weight, 0)

@@ -202,7 +202,4 @@ def _static_reason(auto: bool, *key) -> str | None:
     # asked here, where Dynamo runs Python: its own answer to is_exporting() depends on torch's version
     if auto and (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()):
         return "an export takes the reference, whose operators every consumer knows"
-    *_, bias, _, grad = key
-    if auto and bias is not None and grad:
-        return "its bias gradient has not been proven on a GPU"
     return planner.static_reason(*key)

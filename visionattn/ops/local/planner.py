@@ -198,8 +198,7 @@ def choose(call: Call, return_lse: bool) -> tuple[str, str]:
     if sdpa.is_plain(call) and why is None:
         return "sdpa", "the pattern hides nothing, so attention is dense"
     if call.q.is_cuda:
-        biased = call.bias is not None and call.needs_grad()  # whose gradient was wrong on a GPU once (docs/local.md)
-        reason = "its bias gradient has not been proven on a GPU" if biased else triton_reason(call)
+        reason = triton_reason(call)
         if reason is None:
             return "triton", "the fused kernels run, and visit only tiles that the pattern touches"
         if reason.startswith(FAILED):
