@@ -26,6 +26,7 @@ class Setting:
     stages: int = 2
     special: bool = True
     pingpong: bool = False
+    skip: bool = False
     registers: tuple[int, int] = (240, 24)
     cap: int | None = 168
     persistent: bool = True
@@ -82,7 +83,7 @@ def _launch(p, setting, descriptors, pointers, sizes, box, rest, tiles, kind, th
         *descriptors, *pointers, *sizes, *box, *rest, tiles, p.qk_scale,
         Q=setting.query, K=setting.key, SUB=setting.part, CAUSAL=causal, KIND=kind, THREE=three, PARTS=parts,
         LENGTHS=False, STAGES=setting.stages, D=p.D, SPECIAL=setting.special, PINGPONG=setting.pingpong,
-        REGISTERS=setting.registers, num_warps=setting.rows // 16, maxnreg=setting.cap,
+        SKIP=setting.skip, REGISTERS=setting.registers, num_warps=setting.rows // 16, maxnreg=setting.cap,
     )  # fmt: skip
 
 
@@ -106,8 +107,8 @@ def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting) -> None:
         _launch(
             p, setting, (*grids, *run, _describe(p.grid_descriptor(out, setting.part, batch), part)),
             (None, lse[batch:], None, table), (*b.lengths, p.heads, *tiles), (*b.windows, *b.strides),
-            (p.text, 0, p.group, classes, b.radius_sq, p.N, p.first), math.prod(tiles) * p.heads * count, b.kind, b.three,
-            b.causal, 2 if p.text else 1,
+            (p.text, 0, p.group, classes, b.radius_sq, p.N, p.first), math.prod(tiles) * p.heads * count, b.kind,
+            b.three, b.causal, 2 if p.text else 1,
         )  # fmt: skip
 
 

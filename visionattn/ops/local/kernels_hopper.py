@@ -1,3 +1,4 @@
+# ruff: noqa: RUF059, F841, SIM113 -- tuples of arguments are unpacked whole
 """Gluon: forward kernels of local attention for Hopper GPUs (compute capability 9.0), after FlashAttention-3.
 
 One warp loads tiles of keys and values through tensor descriptors into a ring in shared memory; the others multiply.
@@ -203,9 +204,12 @@ def query_rows(z, y, x, sizes, box, M: gl.constexpr, SUB: gl.constexpr, CAUSAL: 
 
 
 @gluon.jit
-def step(s_scale, i, ring, steps, mask_args, q, k_bufs, v_bufs, bars, p, acc, row_max, row_sum, loads,
+def step(s_scale, i, ring, held, steps, mask_args, q, k_bufs, v_bufs, bars, p, acc, row_max, row_sum, loads,
          MASKED: gl.constexpr, CONST: gl.constexpr):  # fmt: skip
-    """Visits tile i >= 1: its logits while the values of tile i - 1 are added. Returns the new p, acc, maximum, sum."""
+    """Visits tile i >= 1: its logits, and meanwhile the product of p and the values of the tile before.
+
+    ring, held: which loads these two tiles are, counted since the program began. Returns p, acc, maximum and sum.
+    """
     K: gl.constexpr = CONST[0]
     KIND: gl.constexpr = CONST[1]
     THREE: gl.constexpr = CONST[2]
@@ -218,7 +222,7 @@ def step(s_scale, i, ring, steps, mask_args, q, k_bufs, v_bufs, bars, p, acc, ro
     WHICH: gl.constexpr = CONST[9]
     k_full, v_full, k_empty, v_empty, turn = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
-    old_slot = (ring - 1) % STAGES
+    old_slot = held % STAGES
     M: gl.constexpr = q.shape[0]
     BN: gl.constexpr = K[0] * K[1] * K[2]
 
@@ -250,6 +254,25 @@ def step(s_scale, i, ring, steps, mask_args, q, k_bufs, v_bufs, bars, p, acc, ro
         mbarrier.arrive(v_empty.index(old_slot))
     rescale = gl.convert_layout(rescale, gl.SliceLayout(1, mma_o))
     return new, acc * rescale[:, None], row_max, row_sum
+
+
+@gluon.jit
+def distance_sq(dy, dx, SUB: gl.constexpr, K: gl.constexpr):
+    """Squared distance between queries and keys, nearest to nearest: origins (y, x) differ by dy, dx."""
+    gap_y = gl.maximum(gl.maximum(dy - K[1] + 1, -dy - SUB[1] + 1), 0)
+    gap_x = gl.maximum(gl.maximum(dx - K[2] + 1, -dx - SUB[2] + 1), 0)
+    return gap_y * gap_y + gap_x * gap_x
+
+
+@gluon.jit
+def pass_over(ring, bars, STAGES: gl.constexpr):
+    """Gives a tile back unread, once it is there."""
+    k_full, v_full, k_empty, v_empty, turn = bars
+    slot, phase = ring % STAGES, ring // STAGES & 1
+    mbarrier.wait(k_full.index(slot), phase)
+    mbarrier.arrive(k_empty.index(slot))
+    mbarrier.wait(v_full.index(slot), phase)
+    mbarrier.arrive(v_empty.index(slot))
 
 
 @gluon.jit
@@ -312,6 +335,8 @@ def consume(WHICH: gl.constexpr, bufs, bars, outs, numbers, descs, CONST: gl.con
     STAGES: gl.constexpr = CONST[8]
     INLINE: gl.constexpr = CONST[9]
     PINGPONG: gl.constexpr = CONST[10]
+    SKIP: gl.constexpr = CONST[11]
+    ring_bars = (k_full, v_full, k_empty, v_empty, turn)
     D: gl.constexpr = q_bufs.shape[2]
     M: gl.constexpr = SUB[0] * SUB[1] * SUB[2]
     BN: gl.constexpr = K[0] * K[1] * K[2]
@@ -368,31 +393,44 @@ def consume(WHICH: gl.constexpr, bufs, bars, outs, numbers, descs, CONST: gl.con
         p = gl.convert_layout(p.to(q.dtype), p_layout)
         acc = gl.zeros([M, D], gl.float32, mma_o)
         mbarrier.wait(v_full.index(slot), phase)
+        held = ring
 
         if PARTS != 0:
             for i in range(gl.maximum(partial, 1), partial + masked):
                 z0, y0, x0 = grid_visit(i - partial, masked, shape, table, K, KIND, 0)
                 mask_args = (z0, y0, x0, rows, sizes, radius_sq)
-                p, acc, row_max, row_sum = step(
-                    qk_scale, i, ring + i, ring + i - done - 1, mask_args, q, k_bufs, v_bufs, (k_full, v_full, k_empty, v_empty, turn), p,
-                    acc, row_max, row_sum, loads, True, S,
-                )  # fmt: skip
+                if SKIP:
+                    if distance_sq(y - y0, x - x0, SUB, K) < radius_sq:
+                        p, acc, row_max, row_sum = step(
+                            qk_scale, i, ring + i, held, 0, mask_args, q, k_bufs, v_bufs, ring_bars, p, acc, row_max,
+                            row_sum, loads, True, S,
+                        )  # fmt: skip
+                        held = ring + i
+                    else:
+                        pass_over(ring + i, ring_bars, STAGES)
+                else:
+                    p, acc, row_max, row_sum = step(
+                        qk_scale, i, ring + i, held, ring + i - done - 1, mask_args, q, k_bufs, v_bufs, ring_bars, p,
+                        acc, row_max, row_sum, loads, True, S,
+                    )  # fmt: skip
+                    held = ring + i
         for i in range(gl.maximum(partial + masked, 1), total):
             p, acc, row_max, row_sum = step(
-                qk_scale, i, ring + i, ring + i - done - 1, (0,), q, k_bufs, v_bufs, (k_full, v_full, k_empty, v_empty, turn), p, acc,
-                row_max, row_sum, loads, False, S,
+                qk_scale, i, ring + i, held, ring + i - done - 1, (0,), q, k_bufs, v_bufs, ring_bars, p, acc, row_max,
+                row_sum, loads, False, S,
             )  # fmt: skip
+            held = ring + i
 
         ring += total
-        slot = (ring - 1) % STAGES
+        slot = held % STAGES
         acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         if not INLINE:
             mbarrier.arrive(v_empty.index(slot))
             mbarrier.arrive(q_empty.index(WHICH))
         finish(
-            acc, row_max, row_sum, o_bufs.index(WHICH), outs, tz, z, y, x, batch, head, sizes, N, first, text, SUB, THREE,
-            PARTS, mma_o,
+            acc, row_max, row_sum, o_bufs.index(WHICH), outs, tz, z, y, x, batch, head, sizes, N, first, text, SUB,
+            THREE, PARTS, mma_o,
         )  # fmt: skip
         done += 1
     tma.store_wait(0)
@@ -484,16 +522,17 @@ NUMBERS = [
 @gluon.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, o_ptr, lse_ptr, len_ptr, table,
-    T, H, W, heads, tiles_z, tiles_y, tiles_x, wz, wy, wx, sz, sy, sx, text, chunk, group, classes_x, radius_sq, N, first,
-    tiles, qk_scale,
+    T, H, W, heads, tiles_z, tiles_y, tiles_x, wz, wy, wx, sz, sy, sx, text, chunk, group, classes_x, radius_sq, N,
+    first, tiles, qk_scale,
     Q: gl.constexpr, K: gl.constexpr, SUB: gl.constexpr, CAUSAL: gl.constexpr, KIND: gl.constexpr,
     THREE: gl.constexpr, PARTS: gl.constexpr, LENGTHS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    SPECIAL: gl.constexpr, PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
+    SPECIAL: gl.constexpr, PINGPONG: gl.constexpr, SKIP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a grid over a run of text and their neighbourhoods (PARTS 2; 1: no text), or of text over all (0).
 
     SPECIAL: a warp of its own loads. SUB: the part of a tile of queries that belongs to a warpgroup; the whole tile
-    where all warpgroups run as one. REGISTERS: of the consumers' threads, and the loading warp's.
+    where all warpgroups run as one. SKIP: a warpgroup passes over tiles that only the other one needs.
+    REGISTERS: of the consumers' threads, and the loading warp's.
     """
     GROUPS: gl.constexpr = (Q[0] * Q[1] * Q[2]) // (SUB[0] * SUB[1] * SUB[2])
     M: gl.constexpr = SUB[0] * SUB[1] * SUB[2]
@@ -533,7 +572,7 @@ def forward_kernel(
     )  # fmt: skip
     descs = (q_desc, k_desc, v_desc, kt_desc, vt_desc)
     outs = (o_desc, o_ptr, lse_ptr)
-    CONST: gl.constexpr = (Q, K, SUB, CAUSAL, KIND, THREE, PARTS, LENGTHS, STAGES, not SPECIAL, PINGPONG)
+    CONST: gl.constexpr = (Q, K, SUB, CAUSAL, KIND, THREE, PARTS, LENGTHS, STAGES, not SPECIAL, PINGPONG, SKIP)
     if SPECIAL:
         if GROUPS == 2:
             gl.warp_specialize(
