@@ -13,6 +13,7 @@ The text encoder and the decoder are not in it. Rows are written at the end of e
 
 import argparse
 import csv
+import io
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import visionattn
+from visionattn._files import atomic_write
 from visionattn.diffusion.agent_sd_plan import EARLY, LATE
 
 COLUMNS = ("device", "torch", "dtype", "mode", "size", "ratio", "row", "ms", "dense_over_row", "peak_gib", "calls")
@@ -100,13 +102,11 @@ def measure(unet: torch.nn.Module, size: int, args: argparse.Namespace) -> list[
 
 
 def write(path: Path, table: list[tuple]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(COLUMNS)
-        writer.writerows(table)
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(table)
+    atomic_write(path, text.getvalue())
 
 
 def main() -> None:

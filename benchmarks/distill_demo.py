@@ -15,6 +15,7 @@ import dataclasses
 import platform
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import visionattn  # noqa: F401  (registers the zoo)
+from visionattn._files import atomic_write
 from visionattn.diffusion import Disk, load_clear, sparsify
 from visionattn.diffusion.distill import Distiller, Sampler, generate, make, write_header, write_sample
 from visionattn.diffusion.distill.flow import Flow, pack
@@ -47,6 +49,7 @@ class Size:
     double: int
     single: int
     pictures: int
+    cached: int  # of them, for the distillation
     teacher_batch: int
     teacher_steps: int  # at most, as far as the time allows
     distil_batch: int
@@ -69,9 +72,9 @@ class Size:
 
 SIZES = {
     # radius 8 of 32 tokens is CLEAR's 16 of 64
-    "full": Size(32, 4, 64, 2, 6, 16000, 48, 6000, 32, 6000, 8, 1024, 1024, 20),
-    "cpu": Size(16, 3, 32, 2, 6, 4000, 8, 900, 8, 900, 4, 128, 128, 12),
-    "smoke": Size(8, 1, 32, 1, 2, 32, 4, 3, 4, 3, 2, 4, 8, 2),
+    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 32, 6000, 8, 1024, 1024, 20),
+    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12),
+    "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
 
 
@@ -140,7 +143,7 @@ def train_classifier(
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
     images, labels = images.to(device), labels.to(device)
-    epochs = 6 if size.pictures >= 1000 else 1
+    epochs = {0: 1, 1: 6}.get(size.pictures // 1000, 3)
     batch = min(64, len(images) // 2)
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -163,17 +166,20 @@ def train_classifier(
 
 
 def _save(state: object, file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.rename(file)
+    atomic_write(file, lambda f: torch.save(state, f))
 
 
 def build_cache(size: Size, folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
     """Pixels as latents: a cache without a VAE."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cache.json").is_file():
-        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            write_sample(folder, i, {"mean": image, **prompt(label)}, prompt=SHAPES[label])
+
+        def write(i: int) -> None:
+            label = labels[i].item()
+            write_sample(folder, i, {"mean": images[i].clone(), **prompt(label)}, prompt=SHAPES[label])
+
+        with ThreadPoolExecutor(16) as pool:  # a file waits for the disk
+            list(pool.map(write, range(len(images))))
         write_header(folder, len(images), scaling=1.0, shift=0.0, pixels=True, scale_factor=1)
 
 
@@ -331,7 +337,9 @@ def sample(model: torch.nn.Module, size: Size, device: torch.device) -> torch.Te
             "pooled_projections": torch.stack([r["pooled_prompt_embeds"] for r in rows]).to(device),
         }
         shape = (3, size.pixels, size.pixels)
-        images.append(generate(model, scheduler, prompts, shape, size.sample_steps, seed=first, scale_factor=1).cpu())
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            made = generate(model, scheduler, prompts, shape, size.sample_steps, seed=first, scale_factor=1)
+        images.append(made.float().cpu())
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -388,10 +396,11 @@ def main() -> None:
     for name in ("flow_weight", "attention_weight", "distil_lr", "lr", "radius"):
         if getattr(args, name) is not None:
             size = dataclasses.replace(size, **{name: getattr(args, name)})
+    torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
     images, labels = pictures(0, size.pictures, size.pixels)
     net = train_classifier(size, work, images, labels, device)
-    build_cache(size, work / "cache", images, labels)
+    build_cache(size, work / "cache", images[: size.cached], labels[: size.cached])
     print(f"pictures, classifier and cache: {time.monotonic() - begin:.0f} s", flush=True)
     train_teacher(size, work, images, labels, device, 0.42 * args.seconds)
     left = args.seconds - (time.monotonic() - begin) - 0.12 * args.seconds

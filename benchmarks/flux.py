@@ -12,6 +12,7 @@ mode. The table is written anew after each row, under a temporary name first.
 
 import argparse
 import csv
+import io
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import visionattn
+from visionattn._files import atomic_write
 from visionattn.diffusion import dispatch, sparsify
 
 PATTERNS = {
@@ -152,6 +154,15 @@ def attention_of_all_blocks(model: torch.nn.Module, call: dict, cudnn, device: s
     return one * (len(model.transformer_blocks) + len(model.single_transformer_blocks))
 
 
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """A whole table, or the one before."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue())
+
+
 class Table:
     """Rows by (size, row, mode); the file is whole after each."""
 
@@ -159,7 +170,6 @@ class Table:
         self.out, self.rows = out, {}
         gpu = "cpu" if device == "cpu" else torch.cuda.get_device_name(0)
         self.about = dict(gpu=gpu, torch=torch.__version__.split("+")[0])
-        out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, size: int, row: str, mode: str, **found) -> None:
         self.rows[size, row, mode] = dict(**self.about, size=size, row=row, mode=mode, **found)
@@ -168,13 +178,9 @@ class Table:
                 dense = self.ms(s, "dense", against)
                 if dense and values.get("ms") and r != "stub":
                     values[column] = round(dense / values["ms"], 3)
-        part = self.out.with_suffix(".part")
-        with part.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            order = sorted(self.rows, key=lambda k: (k[2] != "eager", k[0]))
-            writer.writerows({k: f"{v:.2f}" if k == "ms" and v else v for k, v in self.rows[o].items()} for o in order)
-        part.replace(self.out)
+        order = sorted(self.rows, key=lambda k: (k[2] != "eager", k[0]))
+        rows = [{k: f"{v:.2f}" if k == "ms" and v else v for k, v in self.rows[o].items()} for o in order]
+        write_csv(self.out, COLUMNS, rows)
         shown = {
             k: v for k, v in self.rows[size, row, mode].items() if k not in ("gpu", "torch", "size", "row", "mode")
         }

@@ -11,7 +11,6 @@ dense: diffusers' own ring, not on a CPU). Times are the slowest process's media
 """
 
 import argparse
-import csv
 import datetime
 import os
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from flux import PATTERNS, build, inputs, milliseconds, shape
+from flux import PATTERNS, build, inputs, milliseconds, shape, write_csv
 from video import BlockTimer
 
 from visionattn import Disk, Neighborhood
@@ -146,13 +145,7 @@ def main() -> None:
             continue
         if first:
             table.append(dict(**about, attention=attention, how=how, **found))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            part = out.with_suffix(".part")
-            with part.open("w", newline="") as f:
-                writer = csv.DictWriter(f, COLUMNS)
-                writer.writeheader()
-                writer.writerows(table)
-            part.replace(out)
+            write_csv(out, COLUMNS, table)
             print(attention, how, found, flush=True)
     if first:
         print(f"written to {out}; {time.time() - started:.0f} s")

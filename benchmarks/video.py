@@ -13,7 +13,6 @@ its block mask made once. ``stub`` is a step without attention over the video. T
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections import defaultdict
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from flux import Backend, milliseconds
+from flux import Backend, milliseconds, write_csv
 
 from visionattn import Neighborhood
 from visionattn.diffusion import dispatch, sparsify
@@ -206,7 +205,6 @@ def main() -> None:
     version = torch.__version__.split("+")[0]
     default = Path(__file__).parent / "results" / f"video-{gpu.lower().replace(' ', '-')}-torch{version}.csv"
     out, rows = args.out or default, []
-    out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(model: str, row: str, found: dict) -> None:
         dense = next((r.get("scaled_ms") for r in rows if (r["model"], r["row"]) == (model, "dense")), None)
@@ -214,12 +212,7 @@ def main() -> None:
         if dense and found.get("scaled_ms") and row != "stub":
             found["over_dense"] = round(dense / found["scaled_ms"], 3)
         rows.append(dict(gpu=gpu, torch=version, model=model, row=row, **found))
-        part = out.with_suffix(".part")
-        with part.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(out)
+        write_csv(out, COLUMNS, rows)
         print(model, row, found, flush=True)
 
     torch.manual_seed(0)
