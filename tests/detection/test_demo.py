@@ -75,12 +75,12 @@ def launch(*flags: str, torchrun: int = 0) -> subprocess.CompletedProcess:
 
 def test_short_run_and_resume(tmp_path):
     """Mask R-CNN: one epoch, then a second one from its checkpoint; a third call without --resume is refused."""
-    flags = ("--detector", "mask-rcnn", "--model", "test_agent_swin", "--work-dir", str(tmp_path))
+    flags = ("--detector", "mask-rcnn", "--model", "test_agent_swin", "--lr", "1e-3", "--work-dir", str(tmp_path))
     first = launch(*flags)
     assert first.returncode == 0, first.stderr[-2000:]
     run = tmp_path / "mask-rcnn_test_agent_swin"
     result = json.loads((run / "result.json").read_text())
-    assert result == json.loads(first.stdout.splitlines()[-1]) and result["epochs"] == 1
+    assert result == json.loads(first.stdout.splitlines()[-1]) and (result["epochs"], result["lr"]) == (1, 1e-3)
     assert {"bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"} <= set(result)
     assert np.asarray(Image.open(run / "pictures.png")).std() > 20
 
@@ -111,6 +111,7 @@ def test_two_processes(tmp_path):
         (dict(detector="yolo"), "unknown detector 'yolo': one of retinanet, mask-rcnn"),
         (dict(model="agent_swim_tiny"), "agent_swim_tiny"),
         (dict(epochs=0), "at least one"),
+        (dict(lr=0.0), "between 0 and 1"),
     ],
 )
 def test_bad_input(settings, said, tmp_path):

@@ -42,6 +42,7 @@ def demo_config(
     work_dir: Path,
     epochs: int | None = None,
     distributed: bool = False,
+    lr: float | None = None,
 ) -> Any:
     """The demo's config for a detector and a backbone, an mmengine ``Config``.
 
@@ -52,6 +53,7 @@ def demo_config(
         work_dir: where logs and checkpoints go.
         epochs: the config's where None.
         distributed: one process of several.
+        lr: AdamW's learning rate; the config's where None.
 
     Raises:
         ValueError: for an unknown detector or model.
@@ -62,6 +64,8 @@ def demo_config(
         raise ValueError(f"unknown detector {detector!r}: one of {', '.join(CONFIGS)}")
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs={epochs}: give at least one")
+    if lr is not None and not 0 < lr < 1:
+        raise ValueError(f"lr={lr}: give a learning rate between 0 and 1, such as 5e-4")
     cfg = Config.fromfile(configs_folder() / CONFIGS[detector])
     cfg.model.backbone.model = model
     cfg.model.neck.in_channels = _channels(cfg.model.backbone)
@@ -75,6 +79,8 @@ def demo_config(
     if epochs is not None:
         cfg.train_cfg.update(max_epochs=epochs)
         cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
+    if lr is not None:
+        cfg.optim_wrapper.optimizer.lr = lr
     cfg.work_dir = str(work_dir)
     if distributed:
         from mmengine.device import get_device
@@ -119,6 +125,7 @@ def run_demo(
     device: str | None = None,
     quick: bool = False,
     resume: bool = False,
+    lr: float | None = None,
 ) -> dict[str, Any]:
     """Makes the set, trains, evaluates, draws.
 
@@ -131,6 +138,7 @@ def run_demo(
         device: ``'cpu'`` or ``'cuda'``; whatever is there where None.
         quick: a few pictures and one epoch: whether it runs, not what it learns.
         resume: goes on with the last checkpoint of an earlier run.
+        lr: AdamW's learning rate; the config's, which suits the test models, where None. Large models want less.
 
     Returns:
         what ``result.json`` holds: box (and mask) AP as fractions, seconds, the setting.
@@ -149,7 +157,7 @@ def run_demo(
     epochs = 1 if quick and epochs is None else epochs
     numbers = dict(train=16, val=4) if quick else {}
     data_root = work_dir / ("data_quick" if quick else "data")
-    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed)
+    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed, lr)
     if (run_dir / "last_checkpoint").exists() and not resume:
         raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --work-dir starts anew")
     if os.environ.get("RANK", "0") == "0" and not data_root.exists():
@@ -170,6 +178,7 @@ def run_demo(
         model=model,
         params=sum(p.numel() for p in _bare(runner.model).parameters()),
         epochs=cfg.train_cfg.max_epochs,
+        lr=cfg.optim_wrapper.optimizer.lr,
         seconds=round(time.time() - started, 1),
         device=str(next(runner.model.parameters()).device.type),
         **metrics,
@@ -263,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="test_mala", help="a timm name, of the zoo or timm's own (%(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="whatever is there where not given")
     parser.add_argument("--epochs", type=int, help="the config's where not given")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate, the config's where not given")
     parser.add_argument("--work-dir", default="runs/detection_demo", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few pictures, one epoch: whether it runs")
     parser.add_argument("--resume", action="store_true", help="go on with the last checkpoint in the work folder")
