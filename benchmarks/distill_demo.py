@@ -35,7 +35,7 @@ from visionattn.diffusion.distill.sampling import write_grid
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("disc", "square", "diamond", "ring", "cross")
 CLASSIFIER = "test_ela"
-TEXT, TEXT_DIM = 4, 32
+TEXT_DIM = 32
 HELD_OUT = 1_000_000  # seeds of pictures from here on are not trained on
 
 
@@ -68,6 +68,11 @@ class Size:
     @property
     def pixels(self) -> int:
         return 2 * self.tokens
+
+    @property
+    def text(self) -> int:
+        """Text tokens: the share that FLUX.1 has at 1024 px, 512 beside 4,096."""
+        return self.tokens**2 // 8
 
 
 SIZES = {
@@ -122,10 +127,10 @@ def _distance(label: torch.Tensor, x: torch.Tensor, y: torch.Tensor, r: torch.Te
     return torch.stack(each).gather(0, label.expand_as(disc)[None])[0]
 
 
-def prompt(label: int) -> dict[str, torch.Tensor]:
-    """The "prompt embeddings" of a class: fixed noise."""
+def prompt(label: int, text: int) -> dict[str, torch.Tensor]:
+    """The "prompt embeddings" of a class, ``text`` tokens: fixed noise."""
     generator = torch.Generator().manual_seed(label)
-    embeds = torch.randn(TEXT, TEXT_DIM, generator=generator)
+    embeds = torch.randn(text, TEXT_DIM, generator=generator)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": torch.randn(TEXT_DIM, generator=generator)}
 
 
@@ -176,7 +181,7 @@ def build_cache(size: Size, folder: Path, images: torch.Tensor, labels: torch.Te
 
         def write(i: int) -> None:
             label = labels[i].item()
-            write_sample(folder, i, {"mean": images[i].clone(), **prompt(label)}, prompt=SHAPES[label])
+            write_sample(folder, i, {"mean": images[i].clone(), **prompt(label, size.text)}, prompt=SHAPES[label])
 
         with ThreadPoolExecutor(16) as pool:  # a file waits for the disk
             list(pool.map(write, range(len(images))))
@@ -217,7 +222,9 @@ def train_teacher(
         step, spent = state["step"], state["spent"]
     flow = Flow(model.config, 1.0, 0.0, 0.0, 1, device, torch.float32)
     clean = pack(images).to(device)
-    embeds, pooled = (torch.stack(t).to(device) for t in zip(*(prompt(i).values() for i in range(5)), strict=True))
+    embeds, pooled = (
+        torch.stack(t).to(device) for t in zip(*(prompt(i, size.text).values() for i in range(5)), strict=True)
+    )
     labels = labels.to(device)
     begin, losses, done = time.monotonic() - spent, [], 0.0
     while done < 1:
@@ -232,7 +239,7 @@ def train_teacher(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             out = model(
                 x, timestep=t, encoder_hidden_states=embeds[labels[rows]], pooled_projections=pooled[labels[rows]],
-                **flow.ids((size.tokens, size.tokens), TEXT), return_dict=False,
+                **flow.ids((size.tokens, size.tokens), size.text), return_dict=False,
             )[0]  # fmt: skip
         loss = F.mse_loss(out.float(), noise - clean[rows])
         optimizer.zero_grad()
@@ -318,7 +325,7 @@ def predictions(model: torch.nn.Module, size: Size, device: torch.device) -> tup
         samples = []
         for i in range(first, min(first + size.teacher_batch, size.evaluated)):
             image, label = pictures(HELD_OUT + i, 1, size.pixels)
-            samples.append({"mean": image[0], "std": None, **prompt(label.item())})
+            samples.append({"mean": image[0], "std": None, **prompt(label.item(), size.text)})
         call, target = flow.batch(samples, list(range(first, first + len(samples))))
         outputs.append(model(**call, return_dict=False)[0].float())
         losses.append(F.mse_loss(outputs[-1], target, reduction="none").mean((1, 2)))
@@ -331,7 +338,7 @@ def sample(model: torch.nn.Module, size: Size, device: torch.device) -> torch.Te
     images = []
     for first in range(0, size.generated, 4 * size.teacher_batch):
         labels = [i % len(SHAPES) for i in range(first, min(first + 4 * size.teacher_batch, size.generated))]
-        rows = [prompt(label) for label in labels]
+        rows = [prompt(label, size.text) for label in labels]
         prompts = {
             "encoder_hidden_states": torch.stack([r["prompt_embeds"] for r in rows]).to(device),
             "pooled_projections": torch.stack([r["pooled_prompt_embeds"] for r in rows]).to(device),
