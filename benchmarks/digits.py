@@ -161,9 +161,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--only", choices=("mixers", "hosts"), help="one of the two tables")
+    parser.add_argument("--names", nargs="+", help="these rows alone, by the names in the tables")
     parser.add_argument("--csv", type=Path, help="rows; benchmarks/results/digits-DEVICE-torchVERSION.csv by default")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/learning.md")
     args = parser.parse_args()
+    known = [name for _, name, *_ in runs()]
+    if unknown := set(args.names or ()).difference(known):
+        parser.error(f"--names {' '.join(sorted(unknown))}: the tables have {', '.join(known)}")
     if args.csv is None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         label = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -172,7 +176,8 @@ def main() -> None:
     done = {(r["table"], r["name"], int(r["seed"]), int(r["epochs"])) for r in rows}
     for seed in args.seeds:
         for which, name, model, size, kwargs in runs():
-            if (which, name, seed, args.epochs) in done or args.only not in (None, which):
+            wanted = args.only in (None, which) and (args.names is None or name in args.names)
+            if (which, name, seed, args.epochs) in done or not wanted:
                 continue
             print(f"digits.py: {which}, {name}, seed {seed}", file=sys.stderr, flush=True)
             row = dict(table=which, name=name, seed=seed, epochs=args.epochs)
