@@ -1,15 +1,17 @@
 """CLEAR's distillation end to end on a small FLUX transformer that is trained here, on pictures that are made here.
 
-    python benchmarks/distill_demo.py                  # --size full: minutes on one GPU
-    python benchmarks/distill_demo.py --size cpu       # what fits in some twenty minutes of one core
+    python benchmarks/distill_demo.py --seconds 240                  # --size full: one GPU
+    python benchmarks/distill_demo.py --size cpu --seconds 1200      # 16 x 16 tokens on one core
 
 Stages: a small classifier of the zoo (its features measure the Frechet distance), the dense teacher (a
 ``FluxTransformer2DModel`` on pixels, 32 x 32 tokens at 64 px), the cache, the distillation
 (``python -m visionattn.diffusion.distill``'s own classes), and the table: dense teacher, disk without training,
-distilled. Each stage is kept in ``--work`` and skipped when it is there; a stopped one goes on.
+distilled. Each stage is kept in ``--work`` and skipped when it is there; a stopped one goes on. Teacher and student
+train as long as their share of ``--seconds`` lasts, with learning rates that fall accordingly.
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import platform
@@ -60,7 +62,7 @@ class Size:
     sample_steps: int
     lr: float = 1e-3
     distil_lr: float = 1e-3
-    flow_weight: float = 1.0  # the published weights are 1, 0.5 and 0.5
+    flow_weight: float = 1.0  # published: 1, 0.5, 0.5. Above 0 a student also leaves a young teacher for the pictures
     attention_weight: float = 0.5
     downsample: int | None = None
     warmup: int = 50  # updates of the distillation
@@ -77,8 +79,8 @@ class Size:
 
 SIZES = {
     # radius 8 of 32 tokens is CLEAR's 16 of 64
-    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 32, 6000, 8, 1024, 1024, 20),
-    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12),
+    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 32, 6000, 8, 1024, 1024, 20, flow_weight=0.0),
+    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12, flow_weight=0.0),
     "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
 
@@ -208,10 +210,7 @@ def train_teacher(
         return
     torch.manual_seed(1)
     model = new_transformer(size).to(device).train()
-    # a mean of all steps so far, of the last tenth or so later on
-    average = torch.optim.swa_utils.AveragedModel(
-        model, avg_fn=lambda mean, new, n: mean + (new - mean) * max(1 / (n + 1), 10 / max(n + 1, 500))
-    )
+    average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01)
     parts = {"model": model, "average": average, "optimizer": optimizer}
     file, step, spent = work / "teacher.pt", 0, 0.0
@@ -246,7 +245,10 @@ def train_teacher(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(model)
+        share = max(1 / (step + 1), 10 / max(step + 1, 500))  # of the last tenth of the steps, roughly
+        with torch.no_grad():
+            for mean, p in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(p, share)
         step += 1
         losses.append(loss.detach())
         if step % 100 == 0 or done >= 1:
@@ -255,11 +257,11 @@ def train_teacher(
             losses = []
             if step % 500 == 0:
                 _save({**{n: p.state_dict() for n, p in parts.items()}, "step": step, "spent": spent}, file)
-    average.module.save_pretrained(work / "model" / "transformer")
+    average.save_pretrained(work / "model" / "transformer")
 
 
-def distil(size: Size, work: Path, device: torch.device, seconds: float) -> Path:
-    """The package's own run; returns the file in CLEAR's layout."""
+def distil(size: Size, work: Path, device: torch.device, until: float) -> Path:
+    """The package's own run, to end about ``until`` (monotonic); returns the file in CLEAR's layout."""
     run, plan = work / "run", work / "updates.txt"
 
     def config(steps: int):
@@ -284,7 +286,7 @@ def distil(size: Size, work: Path, device: torch.device, seconds: float) -> Path
         if device.type == "cuda":
             torch.cuda.synchronize()
         each = (time.monotonic() - begin) / 10
-        plan.write_text(str(max(3, min(size.distil_steps, int(seconds / each)))))
+        plan.write_text(str(max(3, min(size.distil_steps, int((until - time.monotonic()) / each)))))
         print(f"an update takes {1000 * each:.0f} ms: {plan.read_text()} of them", flush=True)
     cfg = config(int(plan.read_text()))
     if (run / "state.pt").is_file() and torch.load(run / "state.pt", weights_only=True)["step"] == cfg.steps:
@@ -410,8 +412,7 @@ def main() -> None:
     build_cache(size, work / "cache", images[: size.cached], labels[: size.cached])
     print(f"pictures, classifier and cache: {time.monotonic() - begin:.0f} s", flush=True)
     train_teacher(size, work, images, labels, device, 0.42 * args.seconds)
-    left = args.seconds - (time.monotonic() - begin) - 0.12 * args.seconds
-    file = distil(size, work, device, max(left, 0.3 * args.seconds))
+    file = distil(size, work, device, max(begin + 0.88 * args.seconds, time.monotonic() + 0.3 * args.seconds))
     rows = table(size, work, file, net, device)
     args.out.mkdir(parents=True, exist_ok=True)
     label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
