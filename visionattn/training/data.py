@@ -340,8 +340,8 @@ class TrainLoader:
             self.sampler.set_epoch(epoch, start)
             yield from self.loader
             return
-        # A stream can't be entered in the middle: read and drop. A fresh reader with a seed of the epoch's own reads the
-        # same order again. Workers are fresh, and seeded by the loader; the loop itself needs a copy that never read.
+        # A stream can't be entered in the middle: read and drop. A fresh reader with a seed of the epoch's own reads
+        # the same order again. Workers are fresh, seeded by the loader; the loop needs a copy that has not read yet.
         seed = mix_seed(self.cfg.seed, epoch, -1)
         self.dataset.set_epoch(epoch)
         self.dataset.transform.epoch, self.dataset.transform.count = epoch, 0
