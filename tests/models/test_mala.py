@@ -99,8 +99,8 @@ def test_block():
     for name in ("pos", "attn", "ffn"):  # the branches without layer scale, which they apply themselves
 
         def hook(module, args, kwargs, output, name=name):
-            got[name] = output
-            if name == "pos":
+            if name == "pos":  # which adds its input
+                got[name] = output - args[0]
                 return
             scaled = kwargs.get("layer_scale") if name == "attn" else args[1]
             got[name] = output / scaled.flatten()
@@ -112,7 +112,7 @@ def test_block():
     assert relative_error(out, expected["out"]) < 1e-6
     for name, y in got.items():
         y = y.reshape(1, 14, 14, 64).permute(0, 3, 1, 2)
-        assert relative_error(y, expected[name]) < 1e-6, name
+        assert relative_error(y, expected[name]) < (1e-5 if name == "pos" else 1e-6), name
 
 
 def test_stem():

@@ -22,11 +22,11 @@ def uninitialised_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def case(B, H, W, C, P, images, bias, dtype=torch.float32):
+def case(B, H, W, C, P, images, bias, dtype=torch.float32, side=3):
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(B, P + H * W, 3 * C, generator=g).to(dtype)
     out, _, v = qkv.chunk(3, dim=2)  # as a projection leaves them: strided
-    weight = torch.randn(images, C, 9, generator=g)
+    weight = torch.randn(images, C, side * side, generator=g)
     return [out, v, weight, torch.randn(C, generator=g) if bias else None]
 
 
@@ -36,6 +36,7 @@ CASES = [
     (2, 9, 3, 70, 1, 2, False),
     (1, 1, 1, 3, 2, 1, True),
     (2, 30, 20, 16, 0, 2, True),  # two chunks of the weight gradient
+    (2, 5, 7, 20, 1, 2, True, torch.float32, 5),
 ]
 
 

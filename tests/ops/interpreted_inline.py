@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from visionattn.ops import inline_triton
+from visionattn.ops._launch import Plans
 from visionattn.ops.inline import inline_mix
 
 
@@ -34,12 +35,14 @@ CASES = [
     ((2, 5, 7, 48, 0, 2, False), 2),  # heads 24 wide, as CSWin-B
     ((2, 5, 7, 32, 1, 2, True), 2),
     ((1, 1, 1, 16, 2, 1, True), 1),
-    ((1, 27, 20, 32, 1, 1, False), 1),  # two chunks
+    ((1, 27, 20, 32, 1, 1, False), 1),
 ]
 
 
-@pytest.mark.parametrize("sizes, heads", CASES)
-def test_forward_and_gradients(sizes, heads):
+@pytest.mark.parametrize("sizes, heads, chunks", [(*case, 1) for case in CASES] + [(*CASES[-1], 2)])
+def test_forward_and_gradients(sizes, heads, chunks, monkeypatch):
+    monkeypatch.setattr(inline_triton, "AT_ONCE", 1024 if chunks == 1 else 512)
+    monkeypatch.setattr(inline_triton, "_plans", Plans())
     H, W, P = sizes[1], sizes[2], sizes[4]
     inputs = [None if x is None else x.detach().requires_grad_() for x in case(*sizes)]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]

@@ -1,5 +1,10 @@
 """MALA's operator: the paper's equations, float64, gradients; its rotary tables."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +104,25 @@ def test_half_precision_stays_finite():
     expected = mala_attention(q.double(), k.double(), v.double())
     assert out.isfinite().all() and (k + 1).half().transpose(1, 3).flatten(2).matmul(v.half().flatten(2)).isinf().any()
     assert relative_error(out.float(), expected.numpy()) < 0.05
+
+
+def test_interpreted():
+    """interpreted_mala.py, where Triton is imported as an interpreter."""
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
+    command.append(str(here / "interpreted_mala.py"))
+    run = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+def test_triton_says_why_not():
+    with pytest.raises(ValueError, match="can't run: dtype torch.float64"):
+        mala_mix(*problem(), "triton")
+    with pytest.raises(ValueError, match="these tensors are on cpu"):
+        mala_mix(*problem(dtype=torch.float32), "triton")
 
 
 def test_refused():

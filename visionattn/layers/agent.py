@@ -18,9 +18,11 @@ from torch import nn
 from visionattn.ops.agent import agent_attention, agent_key_bias, pool_agents, query_agent_bias, resize_agents
 from visionattn.ops.depthwise import depthwise_residual
 
+from .cast import Conv2d, Linear
 from .eval_cache import EvalCache
 from .mixer import Mixer
 from .registry import register_module
+from .softmax import aligned
 from .stripes import pad_to, stripe_shape, stripes, stripes_back
 
 TABLES = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
@@ -121,14 +123,14 @@ class AgentAttention(EvalCache, Mixer):
         self.qkv = self.q = self.kv = self.sr = self.norm = self.proj = self.dwc = self.get_v = None
         if self.projected:
             if sr_ratio is None:
-                self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+                self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
             else:
-                self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-                self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+                self.q = Linear(dim, dim, bias=qkv_bias, **dd)
+                self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
             if self.sr_ratio > 1:
-                self.sr = nn.Conv2d(dim, dim, self.sr_ratio, stride=self.sr_ratio, **dd)
+                self.sr = Conv2d(dim, dim, self.sr_ratio, stride=self.sr_ratio, **dd)
                 self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
-            self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+            self.proj = Linear(dim, dim, bias=proj_bias, **dd)
             self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         else:
             self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -193,7 +195,7 @@ class AgentAttention(EvalCache, Mixer):
     def _kept_biases(self, grid: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         def compute():
             over_keys, over_agents = self.biases(grid)
-            return over_keys.to(dtype), over_agents.to(dtype)
+            return aligned(over_keys.to(dtype)), aligned(over_agents.to(dtype))
 
         weights = tuple(self._parameters[name] for name in (*TABLES, "ac_bias", "ca_bias"))
         key = (int(grid[0]), int(grid[1]), dtype)

@@ -13,6 +13,7 @@ from torch import nn
 
 from visionattn.ops.inline import KERNELS, feature_map, inline_mix
 
+from .cast import Linear
 from .mixer import Mixer
 from .registry import register_module
 from .stripes import stripe_shape
@@ -105,11 +106,11 @@ class InLineAttention(Mixer):
         self.qkv = self.q = self.kv = self.proj = self.get_v = None
         if self.projected:
             if sr_ratio is None:
-                self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+                self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
             else:
-                self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-                self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-            self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+                self.q = Linear(dim, dim, bias=qkv_bias, **dd)
+                self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+            self.proj = Linear(dim, dim, bias=proj_bias, **dd)
         else:
             self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.residual = nn.Sequential(

@@ -7,6 +7,7 @@ from torch import nn
 
 from visionattn.ops.linear import mala_mix, rotary_lines, rotary_softmax_mix, rotary_tables
 
+from .cast import Conv2d, KeepsCast, scaled
 from .mixer import Mixer
 from .registry import register_module
 
@@ -56,7 +57,8 @@ class RotaryEmbedding(nn.Module):
         return sin, cos
 
 
-class PointwiseConv(nn.Conv2d):
+@register_notrace_module
+class PointwiseConv(KeepsCast, nn.Conv2d):
     """A 1 x 1 convolution, with a convolution's parameters, of tokens (..., C): one matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True, device=None, dtype=None):
@@ -64,12 +66,11 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """``scale``: factors of the output channels. They go onto the weights, which saves passes over the tokens."""
-        weight, bias = self.weight.flatten(1), self.bias
-        if scale is not None:
-            scale = scale.flatten()
-            weight = weight * scale.unsqueeze(1)
-            bias = bias * scale if bias is not None else None
-        return F.linear(x, weight, bias)
+        if torch.jit.is_scripting():
+            weight, bias = scaled(self.weight, self.bias, scale)
+        else:
+            weight, bias = self.cast(scale)
+        return F.linear(x, weight.flatten(1), bias)
 
 
 @register_notrace_module  # the grid decides its shapes
@@ -138,7 +139,7 @@ class MALA(Mixer):
         self.backend = backend
         self.rope = RotaryEmbedding(dim // num_heads, device=device) if own_tables else None
         self.qkvo = PointwiseConv(dim, 4 * dim, bias=qkv_bias, **dd)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.lepe = Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.proj = PointwiseConv(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -167,10 +168,13 @@ class MALA(Mixer):
             assert self.rope is not None, "MALA without own_tables needs the grid's tables"
             tables = self.rope(on, self.num_prefix_tokens, x.dtype)
         sin, cos = tables[0].to(x.dtype), tables[1].to(x.dtype)
+        weight, bias = self.lepe.weight, self.lepe.bias
+        if not torch.jit.is_scripting():
+            weight, bias = self.lepe.cast()
         if self.linear:
-            x = mala_mix(x, self.lepe.weight, self.lepe.bias, sin, cos, self.num_heads, on, self.backend)
+            x = mala_mix(x, weight, bias, sin, cos, self.num_heads, on, self.backend)
         else:
-            x = rotary_softmax_mix(x, self.lepe.weight, self.lepe.bias, sin, cos, self.num_heads, on)
+            x = rotary_softmax_mix(x, weight, bias, sin, cos, self.num_heads, on)
         x = self.proj_drop(self.proj(x, layer_scale))
         if as_map:
             x = x.transpose(1, 2).reshape(x.shape[0], self.dim, on[0], on[1])

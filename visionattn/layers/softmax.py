@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cast import Linear
 from .mixer import Mixer
+
+
+def aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The same values in rows of a multiple of 8, which fused attention would otherwise copy them to in every call."""
+    columns = bias.shape[-1]
+    return F.pad(bias, (0, -columns % 8))[..., :columns] if columns % 8 else bias.contiguous()
 
 
 class SoftmaxAttention(Mixer):
@@ -35,8 +42,8 @@ class SoftmaxAttention(Mixer):
             raise ValueError(f"SoftmaxAttention: num_heads={num_heads} does not divide dim={dim}: choose a divisor")
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(

@@ -10,7 +10,9 @@ from torch import nn
 
 from visionattn.ops.depthwise import depthwise_residual
 
+from .cast import Conv2d, Linear
 from .eval_cache import EvalCache
+from .softmax import aligned
 from .stripes import pad_to, stripe_shape, stripes, stripes_back
 
 
@@ -74,8 +76,8 @@ class WindowAttention(EvalCache):
         self.attn_drop = attn_drop
         h, w = self.window_size
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), num_heads, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -105,7 +107,7 @@ class WindowAttention(EvalCache):
     @torch.jit.unused
     def _kept_bias(self, dtype: torch.dtype) -> torch.Tensor:
         weights = (self.relative_position_bias_table,)
-        return self.cached(dtype, weights, lambda: self.bias().to(dtype).contiguous())
+        return self.cached(dtype, weights, lambda: aligned(self.bias().to(dtype)))
 
     def forward(
         self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None
@@ -216,11 +218,11 @@ class SpatialReductionAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-        self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
+        self.q = Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.sr = Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd) if sr_ratio > 1 else None
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int], attn_mask: torch.Tensor | None = None) -> torch.Tensor:

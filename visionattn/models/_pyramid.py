@@ -7,6 +7,7 @@ from timm.layers import LayerNorm, SelectAdaptivePool2d, get_device_dtype, regis
 from torch import nn
 
 from visionattn._timm import checkpoint, feature_take_indices
+from visionattn.layers.cast import Conv2d
 
 STAGES = 4
 
@@ -53,7 +54,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.pad = pad
         self.channels_last = channels_last
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        self.proj = Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm = LayerNorm(dim, eps=eps, **dd) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

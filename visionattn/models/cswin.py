@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, register_notrace_module, to_2tuple
+from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, register_notrace_module, to_2tuple
 from torch import nn
 
 from visionattn._timm import update_model_input_size
+from visionattn.layers.cast import Conv2d, Linear, Mlp, PreNorm, ResidualNorm
 from visionattn.layers.inline import InLineAttention
 from visionattn.layers.stripes import stripe_shape
 from visionattn.layers.window import StripeAttention
@@ -43,13 +44,13 @@ class CSWinBlock(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=1e-5, **dd)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.norm1 = PreNorm(dim, eps=1e-5, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attns = nn.ModuleList(branches)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **dd)
+        self.norm2 = ResidualNorm(dim, eps=1e-5, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         # InLine attention predicts its kernels from the mean of the block's input, before the norm
         self.wants_mean = any(isinstance(branch, InLineAttention) for branch in branches)
@@ -66,8 +67,8 @@ class CSWinBlock(nn.Module):
             part = qkv if width == C else qkv[:, :, :, i * width : (i + 1) * width]
             outs.append(attn(part, (H, W), x_mean=x_mean))
         y = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-        x = x + self.drop_path(self.proj_drop(self.proj(y)).reshape(B, H, W, C))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm2(x, self.drop_path(self.proj_drop(self.proj(y)).reshape(B, H, W, C)))
+        return x + self.drop_path(self.mlp(y))
 
 
 class ToChannelsLast(nn.Module):
@@ -83,7 +84,7 @@ class Merge(nn.Module):
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
+        self.conv = Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +178,7 @@ class CSWinHost(Pyramid):
             )
 
         self.stage1_conv_embed = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2, **dd),
+            Conv2d(in_chans, embed_dim, 7, stride=4, padding=2, **dd),
             ToChannelsLast(),
             LayerNorm(embed_dim, eps=1e-5, **dd),
         )

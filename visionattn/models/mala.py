@@ -29,7 +29,9 @@ from visionattn._timm import (
     register_model,
     update_model_input_size,
 )
+from visionattn.layers.cast import Conv2d, KeepsCast, PreNorm
 from visionattn.layers.mala import MALA, PointwiseConv, RotaryEmbedding
+from visionattn.ops.depthwise import depthwise_residual
 
 from ._checkpoint import build_model_with_cfg, unwrap_state_dict
 from ._head import PooledClassifier
@@ -44,24 +46,49 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6, device=None, dtype=None):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=eps, device=device, dtype=dtype)
+        self.norm = PreNorm(dim, eps=eps, device=device, dtype=dtype)
         self.dim = dim
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_meta:  # which knows no autocast
-            return self.norm(x)
+            return F.layer_norm(x, [self.dim], self.norm.weight, self.norm.bias, self.norm.eps)
         return fast_layer_norm(x, [self.dim], self.norm.weight, self.norm.bias, self.norm.eps)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.norm.fused(x, None)
+            if fused is not None:
+                return fused[1]
+        return self._plain(x)
 
-class DepthwiseConv(nn.Conv2d):
-    """A depthwise 3 x 3 convolution of (B, H, W, C), with a convolution's parameters."""
+
+@register_notrace_module
+class ChannelResidualNorm(ChannelNorm):
+    """``(x + y, layer norm of it)``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.jit.is_scripting():
+            fused = self.norm.fused(x, y)
+            if fused is not None:
+                return fused
+        x = x + y
+        return x, self._plain(x)
+
+
+@register_notrace_module
+class DepthwiseConv(KeepsCast, nn.Conv2d):
+    """A depthwise 3 x 3 convolution of (B, H, W, C), with a convolution's parameters, plus its input."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=1, groups=self.out_channels)
-        return x.permute(0, 2, 3, 1)
+        B, H, W, C = x.shape
+        weight, bias = self.weight, self.bias
+        if not torch.jit.is_scripting():
+            weight, bias = self.cast()
+        tokens = x.reshape(B, H * W, C)
+        return depthwise_residual(tokens, tokens, weight.reshape(1, C, 9), bias, (H, W)).reshape(B, H, W, C)
 
 
 class ConvFFN(nn.Module):
@@ -76,7 +103,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, layer_scale: torch.Tensor | None = None) -> torch.Tensor:
         x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.dwconv(x), layer_scale)
+        return self.fc2(self.dwconv(x), layer_scale)
 
 
 class Block(nn.Module):
@@ -100,7 +127,7 @@ class Block(nn.Module):
         self.pos = DepthwiseConv(dim, **dd)
         self.norm1 = ChannelNorm(dim, **dd)
         self.attn = MALA(dim, num_heads, attn_type, backend=backend, own_tables=False, **dd)
-        self.norm2 = ChannelNorm(dim, **dd)
+        self.norm2 = ChannelResidualNorm(dim, **dd)
         self.ffn = ConvFFN(dim, int(mlp_ratio * dim), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.gamma_1 = self.gamma_2 = None
@@ -116,11 +143,11 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         H, W = x.shape[1], x.shape[2]
-        x = x + self.pos(x)
+        x = self.pos(x)
         y = self.norm1(x).flatten(1, 2)
         y = self.attn(y, (H, W), tables=tables, layer_scale=self.gamma_1)
-        x = x + self.drop_path(y.reshape(x.shape))
-        return x + self.drop_path(self.ffn(self.norm2(x), self.gamma_2))
+        x, y = self.norm2(x, self.drop_path(y.reshape(x.shape)))
+        return x + self.drop_path(self.ffn(y, self.gamma_2))
 
 
 class Downsample(nn.Module):
@@ -129,7 +156,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        self.reduction = Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
         self.norm = nn.BatchNorm2d(out_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +174,7 @@ class Stem(nn.Module):
         for i, (chs, out_chs, stride) in enumerate(
             [(in_chans, half, 2), (half, half, 1), (half, half, 1), (half, embed_dim, 2)]
         ):
-            layers += [nn.Conv2d(chs, out_chs, 3, stride=stride, padding=1, **dd), nn.BatchNorm2d(out_chs, **dd)]
+            layers += [Conv2d(chs, out_chs, 3, stride=stride, padding=1, **dd), nn.BatchNorm2d(out_chs, **dd)]
             if i < 3:
                 layers.append(nn.GELU())
         self.proj = nn.Sequential(*layers)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from timm.layers import (
     DropPath,
-    LayerNorm,
-    Mlp,
     calculate_drop_path_rates,
     register_notrace_module,
     to_2tuple,
@@ -20,6 +18,7 @@ from timm.layers import (
 from torch import nn
 
 from visionattn._timm import update_model_input_size
+from visionattn.layers.cast import Mlp, PreNorm, ResidualNorm
 from visionattn.layers.window import SpatialReductionAttention
 
 from ._plan import agent_shapes_of, make_mixer, mixes, numbers
@@ -44,17 +43,17 @@ class PVTBlock(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = PreNorm(dim, eps=1e-6, **dd)
         self.attn = attn
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **dd)
+        self.norm2 = ResidualNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
         y = self.attn(self.norm1(x).reshape(B, H * W, C), (H, W))
-        x = x + self.drop_path(y.reshape(B, H, W, C))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm2(x, self.drop_path(y.reshape(B, H, W, C)))
+        return x + self.drop_path(self.mlp(y))
 
 
 @register_notrace_module  # whether the table is resized depends on the input's size

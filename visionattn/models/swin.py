@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, register_notrace_module, to_2tuple
+from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, to_2tuple
 from torch import nn
 
 from visionattn._timm import update_model_input_size
+from visionattn.layers.cast import Linear, Mlp, PreNorm, ResidualNorm
 from visionattn.layers.eval_cache import EvalCache
 from visionattn.layers.stripes import pad_to, stripes, stripes_back
 from visionattn.layers.window import WindowAttention, shift_mask
@@ -59,10 +60,10 @@ class SwinBlock(EvalCache):
         self.softmax = softmax
         self.shifts = shifts
         self.dense = dense
-        self.norm1 = LayerNorm(dim, eps=1e-5, **dd)
+        self.norm1 = PreNorm(dim, eps=1e-5, **dd)
         self.attn = attn
-        self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **dd)
+        self.norm2 = ResidualNorm(dim, eps=1e-5, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.set_resolution(resolution, window_size)
 
@@ -112,8 +113,8 @@ class SwinBlock(EvalCache):
             y = self.attn(y.reshape(B, H * W, C), (H, W), None).reshape(B, H, W, C)
         else:
             y = self._windowed(y)
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm2(x, self.drop_path(y))
+        return x + self.drop_path(self.mlp(y))
 
 
 @register_notrace_module
@@ -123,8 +124,8 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm = LayerNorm(4 * dim, eps=1e-5, **dd)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+        self.norm = PreNorm(4 * dim, eps=1e-5, **dd)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, LayerNorm, Mlp, to_2tuple
+from timm.layers import Attention, DropPath, LayerNorm, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from visionattn._timm import checkpoint, feature_take_indices, update_model_input_size
+from visionattn.layers.cast import Mlp, PreNorm, ResidualNorm
 
 from ._plan import make_mixer, numbers
 from ._resize import resize_positions
@@ -40,15 +41,15 @@ class GridBlock(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = PreNorm(dim, eps=1e-6, **dd)
         self.attn = plan(depth, dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU, drop=proj_drop, **dd)
+        self.norm2 = ResidualNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm2(x, self.drop_path(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path(self.mlp(y))
 
 
 class PlainAttention(Attention):

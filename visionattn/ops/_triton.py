@@ -1,8 +1,24 @@
-"""Where Triton kernels can run at all."""
+"""Where Triton kernels can run at all, and which of them ``'auto'`` takes."""
+
+import os
+from functools import cache
 
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# VISIONATTN_KERNELS: 'auto' (what IN_AUTO says), 'triton' (all kernels below), 'torch' (none of them)
+KERNELS = os.environ.get("VISIONATTN_KERNELS", "auto")
+if KERNELS not in ("auto", "triton", "torch"):
+    raise ValueError(f"VISIONATTN_KERNELS={KERNELS} is unknown: use auto, triton or torch")
+# kernels that passed their tests on a GPU and were faster there
+IN_AUTO = {"depthwise": False, "inline": False, "mala": False, "norm": False}
+
+
+@torch.jit.unused
+def in_auto(operator: str) -> bool:
+    """Whether ``'auto'`` takes the kernel of this operator where it can run."""
+    return KERNELS == "triton" or (KERNELS == "auto" and IN_AUTO[operator])
 
 
 def cannot_run(device: str, dtype: torch.dtype) -> str | None:
@@ -17,6 +33,11 @@ def cannot_run(device: str, dtype: torch.dtype) -> str | None:
         if triton.knobs.runtime.interpret:
             return None
         return f"the kernels run on CUDA, these tensors are on {device}"
+    return _cannot_run_on(device)
+
+
+@cache
+def _cannot_run_on(device: str) -> str | None:
     if torch.version.hip is not None:
         return "the kernels were not tried on ROCm"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -1,4 +1,4 @@
-"""A 3 x 3 depthwise convolution of tokens on a grid, added to other tokens: what linear attention adds to its output.
+"""A small depthwise convolution of tokens on a grid, added to other tokens: what linear attention adds to its output.
 
 Agent attention adds the depthwise convolution of its values (ECCV 2024, arXiv 2312.08874, section 4.2), InLine
 attention one whose kernels are predicted per image (NeurIPS 2024, arXiv 2412.06590, section 4.3).
@@ -9,7 +9,18 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from ._triton import in_auto
+
 HAS_TRITON = find_spec("triton") is not None
+
+
+def kernel_side(weight: torch.Tensor) -> int:
+    """3 or 5, for kernels (images, C, 9 or 25)."""
+    if weight.shape[2] == 9:
+        return 3
+    if weight.shape[2] == 25:
+        return 5
+    raise ValueError(f"depthwise_residual: weight has {weight.shape[2]} taps: give 9 (3 x 3) or 25 (5 x 5)")
 
 
 def depthwise_residual_reference(
@@ -20,13 +31,15 @@ def depthwise_residual_reference(
     grid: tuple[int, int],
     num_prefix_tokens: int = 0,
 ) -> torch.Tensor:
-    """:func:`depthwise_residual`, as nine shifted products: the oracle."""
+    """:func:`depthwise_residual`, as shifted products: the oracle."""
     H, W = grid
     B, C = v.shape[0], v.shape[2]
-    padded = F.pad(v[:, num_prefix_tokens:].reshape(B, H, W, C), (0, 0, 1, 1, 1, 1))
+    side = kernel_side(weight)
+    pad = side // 2
+    padded = F.pad(v[:, num_prefix_tokens:].reshape(B, H, W, C), (0, 0, pad, pad, pad, pad))
     local = torch.zeros(B, H, W, C, dtype=v.dtype, device=v.device)
-    for tap in range(9):
-        y, x = tap // 3, tap % 3
+    for tap in range(side * side):
+        y, x = tap // side, tap % side
         local = local + padded[:, y : y + H, x : x + W] * weight[:, None, None, :, tap]
     if bias is not None:
         local = local + bias
@@ -48,10 +61,13 @@ def depthwise_residual_conv(
     H, W = grid
     B, C = v.shape[0], v.shape[2]
     x = v[:, num_prefix_tokens:].reshape(B, H, W, C).permute(0, 3, 1, 2)
+    side = kernel_side(weight)
     if weight.shape[0] == 1:
-        local = F.conv2d(x, weight.reshape(C, 1, 3, 3).to(x.dtype), bias, padding=1, groups=C)
+        kernel = weight.reshape(C, 1, side, side).to(x.dtype)
+        local = F.conv2d(x, kernel, bias, padding=side // 2, groups=C)
     else:
-        local = F.conv2d(x.reshape(1, B * C, H, W), weight.reshape(B * C, 1, 3, 3), None, padding=1, groups=B * C)
+        kernel = weight.reshape(B * C, 1, side, side)
+        local = F.conv2d(x.reshape(1, B * C, H, W), kernel, None, padding=side // 2, groups=B * C)
         local = local.reshape(B, C, H, W)
         if bias is not None:
             local = local + bias[:, None, None]
@@ -89,9 +105,12 @@ def _triton(
 ) -> torch.Tensor:
     from . import depthwise_triton  # triton is imported by whoever runs it
 
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return depthwise_triton.depthwise_residual_op(out, v, weight, bias, grid[0], grid[1], num_prefix_tokens)
-    return depthwise_triton.launch(out, v, weight, bias, grid[0], grid[1], num_prefix_tokens)
+    run = depthwise_triton.launch
+    if torch.compiler.is_compiling():
+        run = depthwise_triton.depthwise_residual_op
+    elif torch.is_grad_enabled():
+        run = depthwise_triton.DepthwiseFunction.apply
+    return run(out, v, weight, bias, grid[0], grid[1], num_prefix_tokens)
 
 
 def depthwise_residual(
@@ -103,27 +122,27 @@ def depthwise_residual(
     num_prefix_tokens: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """``out`` plus the 3 x 3 depthwise convolution (zero padding 1) of ``v`` on its grid.
+    """``out`` plus the 3 x 3 or 5 x 5 depthwise convolution (padded with zeros to the same size) of ``v`` on its grid.
 
     Args:
         out: (B, P + H * W, C); its P prefix tokens pass unchanged.
         v: (B, P + H * W, C), any strides.
-        weight: (1, C, 9), or (B, C, 9) for kernels per image; taps row by row.
+        weight: (1, C, 9), or (B, C, 9) for kernels per image; taps row by row; 25 in place of 9 for 5 x 5.
         bias: (C) or None.
         grid: (H, W).
         num_prefix_tokens: P.
         backend: ``'reference'``, ``'conv'``, ``'triton'`` (one kernel that reads v where it lies), or ``'auto'``: the
-            convolution.
+            kernel where :data:`visionattn.ops._triton.IN_AUTO` has it and it can run, else the convolution.
 
     Raises:
         ValueError: for an unknown backend, or one that can't run here.
     """
-    # 'auto' takes the kernel once tests/ops/test_agent_inline_gpu.py has passed on a GPU; it has not yet
-    if not torch.jit.is_scripting() and backend == "triton":
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto("depthwise"))):
         reason = can_run_triton(out, v)
         if reason is None:
             return _triton(out, v, weight, bias, grid, num_prefix_tokens)
-        raise ValueError(f"depthwise_residual: backend 'triton' can't run: {reason}: use 'auto' or 'conv'")
+        if backend == "triton":
+            raise ValueError(f"depthwise_residual: backend 'triton' can't run: {reason}: use 'auto' or 'conv'")
     if backend == "reference":
         return depthwise_residual_reference(out, v, weight, bias, grid, num_prefix_tokens)
     if backend == "conv" or backend == "auto":

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ._triton import in_auto
 from .depthwise import can_run_triton, depthwise_residual
 
 KERNELS = ("identity", "relu", "leakyrelu", "exp")
@@ -92,10 +93,12 @@ def _triton(
 ) -> torch.Tensor:
     from . import inline_triton  # triton is imported by whoever runs it
 
-    run = inline_triton.launch
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        run = inline_triton.inline_mix_op
-    return run(q, k, v, weight, bias, heads, grid[0], grid[1], num_prefix_tokens, scale)[0]
+    args = (q, k, v, weight, bias, heads, grid[0], grid[1], num_prefix_tokens, scale)
+    if torch.compiler.is_compiling():
+        return inline_triton.inline_mix_op(*args)[0]
+    if torch.is_grad_enabled():
+        return inline_triton.InLineFunction.apply(*args)
+    return inline_triton.launch(*args)[0]
 
 
 def inline_mix(
@@ -120,8 +123,8 @@ def inline_mix(
         grid: (H, W).
         num_prefix_tokens: P; these take part in the attention only.
         scale: (C / heads)^-0.5 by default.
-        backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (three launches, no copies), or ``'auto'``:
-            the products.
+        backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (few launches, no copies), or ``'auto'``:
+            the kernels where :data:`visionattn.ops._triton.IN_AUTO` has them and they can run, else the products.
 
     Returns:
         (B, P + H * W, C).
@@ -132,13 +135,13 @@ def inline_mix(
     B, N, C = q.shape
     D = C // heads
     factor = D**-0.5 if scale is None else scale
-    # 'auto' takes the kernels once tests/ops/test_agent_inline_gpu.py has passed on a GPU; it has not yet
-    if not torch.jit.is_scripting() and backend == "triton":
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto("inline"))):
         # wider heads: a D x D product per tile would spill
         reason = can_run_triton(q, v) if D <= 64 else f"heads of {D} channels are wider than 64"
         if reason is None:
             return _triton(q, k, v, weight, bias, heads, grid, num_prefix_tokens, factor)
-        raise ValueError(f"inline_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
+        if backend == "triton":
+            raise ValueError(f"inline_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
     local = "conv" if backend == "matmul" else backend
     out = inline_attention(
         q.reshape(B, N, heads, D), k.reshape(B, N, heads, D), v.reshape(B, N, heads, D), factor, backend

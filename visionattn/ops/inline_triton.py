@@ -1,28 +1,32 @@
 """Triton kernels of InLine attention with its local residual: nothing is permuted, the output is written once.
 
-Forward, three launches: sums over tokens in chunks (k^T v, k, v), their covariance, and one pass over the queries which
-adds the 3 x 3 convolution of the values. The gradient has the same shape: that of the covariance is a sum of q^T g, and
-one pass writes the gradients of q, k and v. ``visionattn::inline_mix`` is the operator.
+Forward, two launches: the covariance of keys and values, and one pass over the queries which adds the 3 x 3 convolution
+of the values. Many tokens are summed in chunks (k^T v, k, v), and a third launch makes the covariance of them. The
+gradient has the same shape: that of the covariance is a sum of q^T g, and one pass writes the gradients of q, k and v.
+``visionattn::inline_mix`` is the operator.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .depthwise_triton import _grad_w, _rows
+from ._launch import Launch, Plans, on_device
+from .depthwise_triton import _grad_w, _rows, weight_sums
 
 BLOCK_N = 64
 CHUNK = 512
+AT_ONCE = 1024  # tokens that one program sums without chunks
 
 
 @triton.jit
 def _moments_kernel(
     s_ptr, sa_ptr, sb_ptr, a_ptr, b_ptr,
-    T, chunks, heads,
+    T, chunks, heads, scale,
     a_b, a_t, b_b, b_t,
-    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, PREC: tl.constexpr,
+    CENTER: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """For one head and chunk of tokens: sum of a^T b (D, D), of a and of b."""
+    """For one head and chunk: sum over tokens of a^T b (D, D), of a, of b; of one chunk, CENTER is as below."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = bh // heads, bh % heads
     d = tl.arange(0, DP)
@@ -37,6 +41,9 @@ def _moments_kernel(
         s += tl.dot(tl.trans(a), b.to(a.dtype), input_precision=PREC)
         sa += tl.sum(a.to(tl.float32), axis=0)
         sb += tl.sum(b.to(tl.float32), axis=0)
+    if CENTER:
+        sa, sb = sa / T, sb / T
+        s = scale * (s / T - sa[:, None] * sb[None, :])
     part = bh * chunks + chunk
     square = (d < D)[:, None] & (d < D)[None, :]
     tl.store(s_ptr + part * D * D + d[:, None] * D + d[None, :], s, mask=square)
@@ -163,21 +170,35 @@ def _constants(D: int, dtype: torch.dtype) -> dict:
     return dict(D=D, DP=max(16, triton.next_power_of_2(D)), PREC="ieee" if dtype == torch.float32 else "tf32")
 
 
+_plans = Plans()
+
+
 def _moments(a, b, heads: int, scale: float, center: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over tokens of a^T b, a and b per head; centred: scale * covariance and the two means. All float32."""
     B, T, C = a.shape
     D = C // heads
-    chunks = triton.cdiv(T, CHUNK)
-    new = dict(dtype=torch.float32, device=a.device)
-    s, sa, sb = (torch.empty(B * heads * chunks, n, **new) for n in (D * D, D, D))
-    m, ma, mb = (torch.empty(B, heads, n, **new) for n in (D * D, D, D))
-    constants = _constants(D, a.dtype)
-    _moments_kernel[(chunks, B * heads)](
-        s, sa, sb, a, b, T, chunks, heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-        CHUNK=CHUNK, BLOCK_N=BLOCK_N, **constants,
-    )  # fmt: skip
-    constants.pop("PREC")
-    _finish_kernel[(B * heads,)](m, ma, mb, s, sa, sb, T, chunks, scale, CENTER=center, **constants)
+    chunks = 1 if T <= AT_ONCE else triton.cdiv(T, CHUNK)
+    key = ("moments", a.shape, a.stride(), b.stride(), heads, scale, center, a.dtype, b.dtype, a.device)
+
+    def make() -> tuple[Launch, Launch | None]:
+        constants = _constants(D, a.dtype)
+        size = CHUNK if chunks > 1 else triton.cdiv(T, BLOCK_N) * BLOCK_N
+        sums = Launch(
+            _moments_kernel, (chunks, B * heads), (T, chunks, heads, scale, *a.stride()[:2], *b.stride()[:2]),
+            dict(CENTER=center and chunks == 1, CHUNK=size, BLOCK_N=BLOCK_N, **constants),
+        )  # fmt: skip
+        constants.pop("PREC")
+        constants["CENTER"] = center
+        return sums, Launch(_finish_kernel, (B * heads,), (T, chunks, scale), constants) if chunks > 1 else None
+
+    sums, finish = _plans.get(key, make)
+    m, ma, mb = (torch.empty(B, heads, n, dtype=torch.float32, device=a.device) for n in (D * D, D, D))
+    if finish is None:
+        sums(m, ma, mb, a, b)
+        return m, ma, mb
+    parts = [torch.empty(B * heads * chunks, n, dtype=torch.float32, device=a.device) for n in (D * D, D, D)]
+    sums(*parts, a, b)
+    finish(m, ma, mb, *parts)
     return m, ma, mb
 
 
@@ -185,15 +206,60 @@ def launch(q, k, v, weight, bias, heads: int, H: int, W: int, P: int, scale: flo
     """The forward kernels, without the operator around them: the output, and what the gradient needs."""
     q, k, v, weight = _rows(q), _rows(k), _rows(v), weight.contiguous()
     B, T, C = q.shape
-    m, mk, mv = _moments(k, v, heads, scale, True)
-    y = torch.empty(B, T, C, dtype=q.dtype, device=q.device)
-    _apply_kernel[(triton.cdiv(T, BLOCK_N), B * heads)](
-        y, q, v, m, mv, weight, weight if bias is None else bias,
-        T, P, H, W, heads,
-        q.stride(0), q.stride(1), v.stride(0), v.stride(1), 0 if weight.shape[0] == 1 else 9 * C,
-        BIAS=bias is not None, BLOCK_N=BLOCK_N, **_constants(C // heads, q.dtype),
+    key = (
+        "apply", q.shape, q.stride(), v.stride(), weight.shape[0], heads, H, W, P, q.dtype, v.dtype, weight.dtype,
+        None if bias is None else bias.dtype, q.device,
     )  # fmt: skip
+
+    def make() -> Launch:
+        numbers = (T, P, H, W, heads, *q.stride()[:2], *v.stride()[:2], 0 if weight.shape[0] == 1 else 9 * C)
+        constants = dict(BIAS=bias is not None, BLOCK_N=BLOCK_N, **_constants(C // heads, q.dtype))
+        return Launch(_apply_kernel, (triton.cdiv(T, BLOCK_N), B * heads), numbers, constants)
+
+    with on_device(q):
+        m, mk, mv = _moments(k, v, heads, scale, True)
+        y = torch.empty(B, T, C, dtype=q.dtype, device=q.device)
+        _plans.get(key, make)(y, q, v, m, mv, weight, weight if bias is None else bias)
     return y, m, mk, mv
+
+
+def gradients(g, q, k, v, weight, m, mk, mv, heads: int, H: int, W: int, P: int, scale: float):
+    """Gradients of q, k and v."""
+    g, q, k, v, weight = _rows(g), _rows(q), _rows(k), _rows(v), weight.contiguous()
+    B, T, C = q.shape
+    key = (
+        "grads", q.shape, g.stride(), k.stride(), v.stride(), weight.shape[0], heads, H, W, P, scale, q.dtype, g.dtype,
+        k.dtype, v.dtype, weight.dtype, q.device,
+    )  # fmt: skip
+
+    def make() -> Launch:
+        strides = (*g.stride()[:2], *k.stride()[:2], *v.stride()[:2], 0 if weight.shape[0] == 1 else 9 * C)
+        constants = dict(BLOCK_N=BLOCK_N, **_constants(C // heads, q.dtype))
+        numbers = (T, P, H, W, heads, scale / T, *strides)
+        return Launch(_grads_kernel, (triton.cdiv(T, BLOCK_N), B * heads), numbers, constants)
+
+    with on_device(q):
+        dm, _, sg = _moments(q, g, heads, 1.0, False)
+        dq, dk, dv = (torch.empty(B, T, C, dtype=q.dtype, device=q.device) for _ in range(3))
+        _plans.get(key, make)(dq, dk, dv, g, k, v, m, mk, mv, dm, sg, weight)
+    return dq, dk, dv
+
+
+class InLineFunction(torch.autograd.Function):
+    """The operators below for eager mode, where the dispatcher's Python layers would cost more than the kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, weight, bias, *sizes):
+        y, m, mk, mv = launch(q, k, v, weight, bias, *sizes)
+        ctx.save_for_backward(q, k, v, weight, m, mk, mv)
+        ctx.sizes, ctx.bias_dtype = sizes, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        grads = gradients(g, *ctx.saved_tensors, *ctx.sizes)
+        return *grads, *_local_gradients(ctx, g, *ctx.saved_tensors[2:4], weight_sums), None, None, None, None, None
 
 
 @torch.library.custom_op("visionattn::inline_mix", mutates_args=())
@@ -236,18 +302,7 @@ def _grads(
     P: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g, q, k, v, weight = _rows(g), _rows(q), _rows(k), _rows(v), weight.contiguous()
-    B, T, C = q.shape
-    dm, _, sg = _moments(q, g, heads, 1.0, False)
-    dq, dk, dv = (torch.empty(B, T, C, dtype=q.dtype, device=q.device) for _ in range(3))
-    _grads_kernel[(triton.cdiv(T, BLOCK_N), B * heads)](
-        dq, dk, dv, g, k, v, m, mk, mv, dm, sg, weight,
-        T, P, H, W, heads, scale / T,
-        g.stride(0), g.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        0 if weight.shape[0] == 1 else 9 * C,
-        BLOCK_N=BLOCK_N, **_constants(C // heads, q.dtype),
-    )  # fmt: skip
-    return dq, dk, dv
+    return gradients(g, q, k, v, weight, m, mk, mv, heads, H, W, P, scale)
 
 
 @_grads.register_fake
@@ -264,18 +319,22 @@ def _setup(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _local_gradients(ctx, g, v, weight, sums_of) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the convolution's kernels and bias."""
+    _, H, W, P, _ = ctx.sizes
+    if not (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
+        return None, None
+    sums = sums_of(g, v, H, W, P, 3)
+    if weight.shape[0] == 1:
+        sums = sums.sum(dim=0, keepdim=True)
+    grad_b = None if ctx.bias_dtype is None else sums[:, 9].sum(dim=0).to(ctx.bias_dtype)
+    return sums[:, :9].transpose(1, 2).to(weight.dtype), grad_b
+
+
 def _backward(ctx, g, *unused):
     q, k, v, weight, m, mk, mv = ctx.saved_tensors
-    heads, H, W, P, scale = ctx.sizes
-    dq, dk, dv = _grads(g, q, k, v, weight, m, mk, mv, heads, H, W, P, scale)
-    grad_w = grad_b = None
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-        sums = _grad_w(g, v, H, W, P)
-        if weight.shape[0] == 1:
-            sums = sums.sum(dim=0, keepdim=True)
-        grad_w = sums[:, :9].transpose(1, 2).to(weight.dtype)
-        grad_b = None if ctx.bias_dtype is None else sums[:, 9].sum(dim=0).to(ctx.bias_dtype)
-    return dq, dk, dv, grad_w, grad_b, None, None, None, None, None
+    grads = _grads(g, q, k, v, weight, m, mk, mv, *ctx.sizes)
+    return *grads, *_local_gradients(ctx, g, v, weight, _grad_w), None, None, None, None, None
 
 
 inline_mix_op.register_autograd(_backward, setup_context=_setup)

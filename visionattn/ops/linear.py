@@ -11,6 +11,8 @@ keys while z stays that of the unrotated ones.
 import torch
 import torch.nn.functional as F
 
+from ._triton import cannot_run, in_auto
+
 
 def rotary_angles(dim: int, device: torch.device | None = None) -> torch.Tensor:
     """The D / 4 angles 10000^-t of a head, t from 0 to 1 with both ends, in float32 as the released code has them."""
@@ -173,6 +175,39 @@ def local_values(
     return F.pad(x, (0, 0, prefix, 0)) if prefix > 0 else x
 
 
+@torch.jit.unused
+def cannot_mix(qkvo: torch.Tensor, num_heads: int, taps: int) -> str | None:
+    """Why the Triton kernels of :func:`mala_mix` can't run; None where they can."""
+    if torch.onnx.is_in_onnx_export():
+        return "the export needs PyTorch's own operators"
+    dim = qkvo.shape[2] // 4 // num_heads
+    if dim > 128:  # a state of D x D sums would spill
+        return f"heads of {dim} channels are wider than 128"
+    if taps != 9 and taps != 25:
+        return f"its convolution has {taps} taps, not 9 or 25"
+    return cannot_run(str(qkvo.device), qkvo.dtype)
+
+
+@torch.jit.unused
+def _triton(
+    qkvo: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sin: torch.Tensor,
+    cos: torch.Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    from . import mala_triton  # triton is imported by whoever runs it
+
+    args = (qkvo, weight.flatten(1), bias, sin, cos, num_heads, grid[0], grid[1])
+    if torch.compiler.is_compiling():
+        return mala_triton.mala_mix_op(*args)[0]
+    if torch.is_grad_enabled():
+        return mala_triton.MALAFunction.apply(*args)
+    return mala_triton.launch(*args)[0]
+
+
 def mala_mix(
     qkvo: torch.Tensor,
     weight: torch.Tensor,
@@ -190,14 +225,21 @@ def mala_mix(
         weight, bias: (C, 1, 5, 5) and (C) of the depthwise convolution of the values on the grid.
         sin, cos: (P + H * W, D) of :func:`rotary_tables`, in qkvo's dtype.
         grid: (H, W).
-        backend: ``'reference'`` (N x N weights), ``'matmul'``, or ``'auto'``.
+        backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (few launches, no copies), or ``'auto'``:
+            the kernels where :data:`visionattn.ops._triton.IN_AUTO` has them and they can run, else the products.
 
     Returns:
         (B, P + H * W, C).
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, or one that can't run here.
     """
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto("mala"))):
+        reason = cannot_mix(qkvo, num_heads, weight.shape[2] * weight.shape[3])
+        if reason is None:
+            return _triton(qkvo, weight, bias, sin, cos, num_heads, grid)
+        if backend == "triton":
+            raise ValueError(f"mala_mix: backend 'triton' can't run: {reason}: use 'auto' or 'matmul'")
     B, N, C = qkvo.shape[0], qkvo.shape[1], qkvo.shape[2] // 4
     qk, v, o = qkvo.split([2 * C, C, C], dim=-1)
     qk = qk.reshape(B, N, 2, num_heads, C // num_heads)
@@ -208,7 +250,7 @@ def mala_mix(
     elif backend == "auto" or backend == "matmul":
         y = _two_products(qk, heads_v, sin, cos, (C // num_heads) ** -0.5)
     else:
-        raise ValueError(f"mala_mix: backend {backend} is unknown: use one of auto, reference, matmul")
+        raise ValueError(f"mala_mix: backend {backend} is unknown: use one of auto, reference, matmul, triton")
     return (y.reshape(B, N, C) + local_values(v, weight, bias, grid)) * o
 
 

@@ -1,0 +1,182 @@
+"""Layers that do once what autocast does on every call, in eval mode and where no gradient is wanted.
+
+Small networks wait for launches, and under autocast two launches of five cast a weight or a bias. Here these keep the
+low precision copy, and layer norms write the low precision that the projection behind them reads. In training, without
+autocast, in TorchScript and in compiled programs they are PyTorch's and timm's own layers, with the same parameters.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, fast_layer_norm, register_notrace_module
+from torch import nn
+
+from visionattn.ops._triton import cannot_run, in_auto
+
+
+def scaled(
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (C, ...) and bias with factors of their C channels."""
+    if scale is None:
+        return weight, bias
+    scale = scale.flatten()
+    weight = weight * scale.reshape([-1] + [1] * (weight.ndim - 1))
+    return weight, bias * scale if bias is not None else None
+
+
+class KeepsCast(nn.Module):
+    """Keeps ``weight`` and ``bias`` in autocast's dtype.
+
+    The copy is made anew when a parameter was replaced or changed in place (tensors count their changes), and dropped
+    by ``train()``, ``eval()``, ``to()`` and ``load_state_dict()``. Only a write into the memory behind ``.data``
+    escapes: call ``eval()`` after one. Copies of the module and pickles leave it out.
+    """
+
+    __jit_ignored_attributes__ = ["_kept"]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._kept: tuple | None = None
+
+    @torch.jit.unused
+    def cast(self, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``weight`` and ``bias``, in autocast's dtype where copies are kept.
+
+        ``scale``: factors of the output channels that go onto both.
+        """
+        weight, bias = self.weight, self.bias
+        kind = weight.device.type
+        if (
+            self.training
+            or kind == "meta"
+            or not torch.is_autocast_enabled(kind)
+            or (torch.is_grad_enabled() and weight.requires_grad)
+            or torch.compiler.is_compiling()
+        ):
+            return scaled(weight, bias, scale)
+        dtype = torch.get_autocast_dtype(kind)
+        given = (weight, bias, scale)
+        versions = (dtype, weight.data_ptr(), *(0 if t is None or t.is_inference() else t._version for t in given))
+        kept = self._kept
+        if kept is not None and kept[1] == versions and all(a is b for a, b in zip(kept[0], given, strict=True)):
+            return kept[2]
+        # subclasses (quantised, sharded, of a transform) have rules of their own
+        if any(t is not None and (type(t) is not nn.Parameter or t.is_inference()) for t in given):
+            return scaled(weight, bias, scale)
+        if weight.dtype != torch.float32 or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return scaled(weight, bias, scale)  # what a graph computes holds values only once it is replayed
+        with torch.inference_mode(False), torch.no_grad():
+            low = tuple(None if t is None else t.to(dtype) for t in scaled(weight, bias, scale))
+        if weight.is_cuda:
+            torch.cuda.current_stream(weight.device).synchronize()  # once: other streams may read it from now on
+        self._kept = (given, versions, low)
+        return low
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._kept = None
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": None}
+
+
+@register_notrace_module
+class Linear(KeepsCast, nn.Linear):
+    """``torch.nn.Linear``; see :class:`KeepsCast`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        weight, bias = self.cast()
+        return F.linear(x, weight, bias)
+
+
+@register_notrace_module
+class Conv2d(KeepsCast, nn.Conv2d):
+    """``torch.nn.Conv2d``; see :class:`KeepsCast`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        weight, bias = self.cast()
+        return self._conv_forward(x, weight, bias)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, under timm's names."""
+
+    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        self.fc1 = Linear(in_features, hidden_features, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_features, in_features, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class _Norm(LayerNorm):
+    """timm's layer norm, and in autocast's dtype, by one kernel, where no gradient is wanted."""
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:  # TorchScript knows no super()
+        if self._fast_norm:
+            return fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def fused(self, x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The sum and its norm in autocast's dtype; None where the kernel is not to be taken."""
+        weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling() or not in_auto("norm"):
+            return None
+        if not x.is_cuda or not torch.is_autocast_enabled("cuda"):
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return None
+        others = (x,) if y is None else (x, y)
+        if bias is None or self._fast_norm or any(type(t) is not torch.Tensor or not t.is_contiguous() for t in others):
+            return None
+        if type(weight) is not nn.Parameter or x.numel() == 0 or (y is not None and y.shape != x.shape):
+            return None
+        if any(cannot_run("cuda", t.dtype) is not None for t in (*others, weight)):
+            return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and its like have no memory to read
+            return None
+        from visionattn.ops.norm_triton import add_norm
+
+        return add_norm(x, y, weight, bias, self.eps, torch.get_autocast_dtype("cuda"))
+
+
+@register_notrace_module
+class PreNorm(_Norm):
+    """Layer norm in front of a projection."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            fused = self.fused(x, None)
+            if fused is not None:
+                return fused[1]
+        return self._plain(x)
+
+
+@register_notrace_module
+class ResidualNorm(_Norm):
+    """``(x + y, layer norm of it)``."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.jit.is_scripting():
+            fused = self.fused(x, y)
+            if fused is not None:
+                return fused
+        x = x + y
+        return x, self._plain(x)
