@@ -3,14 +3,19 @@
     python benchmarks/profile_model.py mala_tiny                       # inference and training step, eager
     python benchmarks/profile_model.py mala_tiny agent_swin_tiny --modes eager compile --csv profile.csv
 
-Any timm name. On a GPU the time of kernels counts, under bfloat16 autocast; on a CPU that of operators. Rows: one for
-each class of each run, and (``--top``) the longest kernels. ``copies`` are permutes that were materialised, casts,
-concatenations, paddings, rolls.
+    VISIONATTN_KERNELS=triton python benchmarks/profile_model.py inline_deit_tiny --cpu     # what the CPU does, too
+
+Any timm name. The first line of a run has the time of a step without a profiler, the share of it in which the GPU is
+busy, and the number of kernels: where the share is low, the CPU's launches are what bounds the model. On a GPU the time
+of kernels counts, under bfloat16 autocast; on a CPU that of operators. Rows: one for each class of each run, and
+(``--top``) the longest kernels. ``copies`` are permutes that were materialised, casts, concatenations, paddings, rolls.
+``--seconds`` starts no further run after this time.
 """
 
 import argparse
 import csv
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -48,17 +53,36 @@ def step_of(model: torch.nn.Module, x: torch.Tensor, training: bool):
             out = model(x)
         if training:
             out.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
 
     return step
+
+
+def wall(step, steps: int) -> float:
+    """Milliseconds of a step, without a profiler."""
+    cuda = torch.cuda.is_available()
+    for i in range(3 + steps):
+        if i == 3:
+            if cuda:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3 / steps
+
+
+def cpu_side(step, top: int) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of what the CPU spends a step on, with the profiler's own time in it."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    rows = [(event.key, event.self_cpu_time_total / 1e3, event.count) for event in record.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:top]
 
 
 def measure(step, steps: int) -> list[tuple[str, float, int]]:
     """(name, milliseconds a step, calls a step) of every kernel on a GPU, every innermost operator on a CPU."""
     cuda = torch.cuda.is_available()
-    for _ in range(3):
-        step()
-    if cuda:
-        torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
         for _ in range(steps):
             step()
@@ -82,26 +106,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--top", type=int, default=10, help="longest kernels to list for each run")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/profile.csv"))
+    parser.add_argument("--cpu", action="store_true", help="list what the CPU spends its time on as well")
+    parser.add_argument("--seconds", type=float, default=1e9)
     args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__)
     table = []
     for name in args.models:
         for task in args.tasks:
             for mode in args.modes:
+                if time.monotonic() > deadline:
+                    print(f"{name} {task} {mode}: left out, the time is over")
+                    continue
                 torch.compiler.reset()
                 model = timm.create_model(name).to(device).train(task == "train")
                 x = torch.randn(args.batch, 3, args.size, args.size, device=device)
                 if mode == "compile":
                     model = torch.compile(model)
-                rows = measure(step_of(model, x, task == "train"), args.steps)
-                total = sum(ms for _, ms, _ in rows)
+                step = step_of(model, x, task == "train")
+                milliseconds = wall(step, args.steps)
+                rows = measure(step, args.steps)
+                total, launches = sum(ms for _, ms, _ in rows), sum(count for *_, count in rows)
                 run = dict(model=name, task=task, mode=mode, size=args.size, batch=args.batch, **about)
                 times, calls = Counter(), Counter()
                 for kernel, ms, count in rows:
                     times[kind_of(kernel)] += ms
                     calls[kind_of(kernel)] += count
-                print(f"\n{name} {task} {mode}, {args.batch} x {args.size} px: {total:.2f} ms a step")
+                print(
+                    f"\n{name} {task} {mode}, {args.batch} x {args.size} px: {milliseconds:.2f} ms a step, "
+                    f"{total:.2f} ms of {launches} kernels, busy {total / milliseconds:.0%}",
+                    flush=True,
+                )
                 for label, entries in (
                     ("class", [(kind, ms, calls[kind]) for kind, ms in times.most_common()]),
                     ("kernel", rows[: args.top]),
@@ -112,6 +148,9 @@ def main() -> None:
                         table.append(
                             run | dict(kind=label, name=entry, ms_per_step=round(ms, 4), share=share, calls=count)
                         )
+                if args.cpu:
+                    for entry, ms, count in cpu_side(step, args.top):
+                        print(f"  CPU    {ms:9.3f} ms {count:5d} x  {entry[:90]}")
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

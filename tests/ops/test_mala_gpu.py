@@ -7,7 +7,7 @@ from visionattn.ops.linear import mala_mix, rotary_lines, rotary_tables
 
 pytestmark = pytest.mark.gpu
 # batch, height, width, heads, channels of a head, prefix tokens
-SIZES = [(2, 56, 56, 1, 64, 0), (3, 28, 28, 2, 64, 0), (2, 7, 9, 3, 20, 1), (1, 40, 30, 2, 96, 0)]
+SIZES = [(2, 56, 56, 1, 64, 0), (2, 7, 9, 3, 20, 1)]
 # the paper's beta is 1 / z, which magnifies what rounding does to z
 LIMIT = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
