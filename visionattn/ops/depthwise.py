@@ -138,6 +138,7 @@ def depthwise_residual(
         ValueError: for an unknown backend, or one that can't run here.
     """
     if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto("depthwise"))):
+        kernel_side(weight)
         reason = can_run_triton(out, v)
         if reason is None:
             return _triton(out, v, weight, bias, grid, num_prefix_tokens)

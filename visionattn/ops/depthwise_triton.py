@@ -86,7 +86,7 @@ def _block_c(C: int) -> int:
 
 
 def _side(weight: torch.Tensor) -> int:
-    return {9: 3, 25: 5}[weight.shape[2]]
+    return 3 if weight.shape[2] == 9 else 5
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ._launch import Launch, Plans, on_device
 from .depthwise_triton import weight_sums
 
 BLOCK_N = 64
+GRAD_BLOCK_N = 32  # of the queries' gradient, which holds many tiles at once
 CHUNK = 512
 AT_ONCE = 1024  # tokens that one program sums without chunks
 WIDEST = 128
@@ -51,14 +52,17 @@ def _convolution(
     n = t - P
     row, column = n // W, n % W
     acc = tl.zeros([BLOCK_N, DP], tl.float32)
-    for tap in tl.static_range(K * K):
-        dy = tap // K - K // 2
-        dx = tap % K - K // 2
-        inside = (n >= 0) & (t < N) & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-        place = v_ptr + (t + dy * W + dx)[:, None] * v_t + channel[None, :]
-        v = tl.load(place, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + channel * (K * K) + (K * K - 1 - tap if FLIP else tap), mask=in_d, other=0.0)
-        acc += v * w.to(tl.float32)[None, :]
+    for y in range(0, K):  # a loop: all taps written out take the compiler half a minute, and registers
+        dy = y - K // 2
+        in_row = (n >= 0) & (t < N) & (row + dy >= 0) & (row + dy < H)
+        for x in tl.static_range(K):
+            dx = x - K // 2
+            inside = in_row & (column + dx >= 0) & (column + dx < W)
+            place = v_ptr + (t + dy * W + dx)[:, None] * v_t + channel[None, :]
+            v = tl.load(place, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+            tap = y * K + x
+            w = tl.load(w_ptr + channel * (K * K) + (K * K - 1 - tap if FLIP else tap), mask=in_d, other=0.0)
+            acc += v * w.to(tl.float32)[None, :]
     return acc
 
 
@@ -279,7 +283,7 @@ class _Plan:
         self.B, self.N, self.C, self.heads, self.D = B, N, C, heads, D
         self.P, self.scale, self.grid = N - H * W, D**-0.5, (H, W)
         self.chunks = 1 if N <= AT_ONCE else triton.cdiv(N, CHUNK)
-        self.side = {9: 3, 25: 5}[weight.shape[1]]
+        self.side = 3 if weight.shape[1] == 9 else 5
         self.bias = bias is not None
         self.strides = x.stride()[:2]
         self.constants, self.options = _constants(D, x.dtype), dict(num_warps=_warps(D))
@@ -315,7 +319,7 @@ class _Plan:
             queries = Launch(
                 _query_grad_kernel, (self.chunks, self.B * self.heads),
                 (*sizes, self.chunks, self.heads, self.C, self.scale, *self.strides, *g.stride()[:2]),
-                dict(BIAS=self.bias, CHUNK=self.summed, **shared), **self.options,
+                dict(BIAS=self.bias, CHUNK=self.summed, **{**shared, "BLOCK_N": GRAD_BLOCK_N}), num_warps=8,
             )  # fmt: skip
             keys = Launch(
                 _key_grad_kernel, self.tiles,
