@@ -5,6 +5,7 @@ it, a missing extra fails them.
 """
 
 import os
+import sys
 
 # before torch and the hub's client are imported, also in the processes that tests start
 for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_runtest_teardown():
+    """The compiler's caches go with the test: else the ninth compilation of one forward method in a process fails, and
+    which test that is depends on the order."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,6 +19,7 @@ from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
 
 import visionattn  # noqa: F401  (registers the models)
 from tests.extras import require_extra
+from visionattn._meta import NoInit
 
 from .selection import everything, excluded, input_size, ours, small
 
@@ -216,8 +217,9 @@ def test_deepcopy_and_pickle(name):
 @pytest.mark.parametrize("name", ours())
 def test_meta_device(name):
     """Built without memory, also under a device context, with every parameter and buffer there."""
-    by_argument = timm.create_model(name, device="meta")
-    with torch.device("meta"):
+    with NoInit():
+        by_argument = timm.create_model(name, device="meta")
+    with torch.device("meta"), NoInit():
         by_context = timm.create_model(name)
     for model in (by_argument, by_context):
         tensors = [*model.named_parameters(), *model.named_buffers()]

@@ -95,6 +95,8 @@ def test_selection_covers_every_family():
     # hosts of one family that differ in kind, and the same host once
     assert {"ela_t_resnet18", "ela_t_resnet50"} <= set(chosen)
     assert "ela_t_resnet101" not in chosen
+    # a layer more is another host, layer scale is none: test_nat has it
+    assert {"transnext_micro", "moh_vit_small_75", "dinat_mini"} <= set(chosen) and "nat_small" not in chosen
     assert len(chosen) < len(selection.ours())
 
 

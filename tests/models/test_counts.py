@@ -9,6 +9,7 @@ from torch import nn
 
 import visionattn
 from tests.fixtures import FIXTURES
+from visionattn._meta import NoInit
 
 
 def table(system: str) -> dict:
@@ -16,7 +17,8 @@ def table(system: str) -> dict:
 
 
 def count(name: str, **kwargs) -> int:
-    return sum(p.numel() for p in timm.create_model(name, device="meta", **kwargs).parameters())
+    with NoInit():
+        return sum(p.numel() for p in timm.create_model(name, device="meta", **kwargs).parameters())
 
 
 @pytest.mark.parametrize("size", [f"H{i}" for i in range(8)])

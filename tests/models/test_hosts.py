@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from visionattn._meta import NoInit
 from visionattn.layers import AgentAttention
 from visionattn.layers.window import WindowAttention
 from visionattn.models._plan import mixes, numbers
@@ -98,6 +99,7 @@ def test_another_resolution(fixture, tmp_path):
 
 
 @pytest.mark.parametrize("system", ["agent", "inline"])
+@NoInit()
 def test_counts(system):
     rows = json.loads((FIXTURES / system / "paper_table.json").read_text())["models"]
     registered = set(timm.list_models(f"{system}_*"))
@@ -117,6 +119,7 @@ for _system in ("agent", "inline"):
 
 
 @pytest.mark.parametrize("name", [n if n in CLASSIFIERS else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
+@NoInit()
 def test_flops(name):
     """PyTorch's counter over our model and over the authors'. InLine's subtraction is carried out on D x D sums, which
     saves a product, and CSWin's two convolutions of the same values are one: up to 0.2 % less."""
@@ -130,6 +133,7 @@ def test_flops(name):
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
+@NoInit()
 def test_norm_epsilons(name):
     """A wrong one moves the outputs too little to trust the fixtures with it."""
     model = timm.create_model(name, device="meta")

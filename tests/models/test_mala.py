@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from visionattn._meta import NoInit
 from visionattn.models.mala import Block, ChannelNorm, Stem
 
 TOLERANCE = 5e-6
@@ -124,6 +125,7 @@ def test_stem():
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
+@NoInit()
 def test_counts(name):
     row = TABLE[name]
     model = timm.create_model(name, device="meta")
@@ -161,9 +163,10 @@ def test_programs(how):
         shapes = ({2: 32 * h, 3: 32 * w},) if how == "export any size" else None
         program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
     with torch.no_grad():
-        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+        # relative to the output, which a fresh head makes small
+        assert relative_error(program(x), model(x).numpy()) < 1e-5
         if how != "export":
-            torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-5)
+            assert relative_error(program(other), model(other).numpy()) < 1e-5
 
 
 def test_refused():
@@ -174,6 +177,7 @@ def test_refused():
 
 
 @pytest.mark.parametrize("name", ["mala_tiny", "mala_small", "mala_base", "mala_large"])
+@NoInit()
 def test_flops(name):
     """Products and convolutions of one image, as PyTorch counts them, within 1 % of the released code's."""
     model = timm.create_model(name, device="meta").eval()

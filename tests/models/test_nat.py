@@ -14,6 +14,7 @@ from torch import nn
 import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from visionattn._meta import NoInit
 from visionattn.layers import NeighborhoodAttention
 from visionattn.models._checkpoint import CheckpointError
 from visionattn.models.nat import NATBlock
@@ -126,6 +127,7 @@ def multiply_adds(name: str) -> float:
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
+@NoInit()
 def test_published_counts(name):
     row = ROWS[name]
     params = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
@@ -136,6 +138,7 @@ def test_published_counts(name):
     assert printed == PRINTED_OTHERWISE.get(name, row["flops_G"])
 
 
+@NoInit()
 def test_all_variants_are_published_ones():
     assert set(timm.list_models(module="nat")) - {"test_nat"} == set(ROWS)
     for name in ROWS:

@@ -10,6 +10,7 @@ import torch
 import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from visionattn._meta import NoInit
 from visionattn.layers.moh import HeadRouter, pop_aux_loss
 from visionattn.layers.transnext import AggregatedAttention
 
@@ -73,6 +74,7 @@ def test_head_of_another_size(official):
     assert torch.equal(model.stages[1].patch_embed.proj.weight, torch.from_numpy(weights["patch_embed2.proj.weight"]))
 
 
+@NoInit()
 def test_counts():
     table = json.loads((FIXTURES / "moh_vit/paper_table.json").read_text())["models"]
     for row in table.values():
@@ -89,6 +91,7 @@ def test_counts():
     "name, params",
     [("micro", 12809304), ("tiny", 28258960), ("small", 49741564), ("base", 89721496)],
 )
+@NoInit()
 def test_dense_counts(name, params):
     assert sum(p.numel() for p in timm.create_model(f"transnext_{name}", device="meta").parameters()) == params
 

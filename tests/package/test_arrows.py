@@ -1,6 +1,7 @@
 """Imports point one way: ops <- layers <- models <- {detection, training, checkpoints, cli} and ops <- diffusion."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "visionattn"
 
-# files, processes: what every room may import
-OPEN = {"_files", "_world"}
+# files, processes, the meta device: what every room may import
+OPEN = {"_files", "_world", "_meta"}
 # room: the rooms that it may import from; every room may import from itself
 ARROWS = {
     **{name: set() for name in OPEN},
@@ -55,6 +56,7 @@ OPTIONAL = {
 }
 
 
+@functools.cache
 def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
@@ -88,6 +90,7 @@ def target_room(name: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1] in rooms() else ""
 
 
+@functools.cache
 def rooms() -> set[str]:
     return {room(file) for file in files()}
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from visionattn._meta import NoInit
 
 __all__ = ["Complexity", "detector_complexity"]
 
@@ -42,17 +43,6 @@ class Complexity:
 
     def __add__(self, other: Complexity) -> Complexity:
         return Complexity(self.params + other.params, self.macs + other.macs, self.weight_macs + other.weight_macs)
-
-
-class _NoInit(TorchFunctionMode):
-    """Leaves out random initialisation, which on the meta device costs time and does nothing."""
-
-    NAMES = frozenset(("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "trunc_normal_"))
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in self.NAMES and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class _NoBackbone(nn.Module):
@@ -106,7 +96,7 @@ def _build(cfg: Any) -> nn.Module:
     from mmdet.registry import MODELS
     from mmengine.model import revert_sync_batchnorm
 
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"), NoInit():
         model = revert_sync_batchnorm(MODELS.build(cfg)).to("meta")
     model.eval()  # which returns nothing for some of mmdet's
     return model
