@@ -63,15 +63,18 @@ def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None) -> torch.T
     if q.dtype == torch.float32:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     per_head = triton.cdiv(N, tiles.queries)
+    strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
+    unit = math.gcd(16 // q.element_size(), *strides)  # a load takes at most 16 bytes
+    strides = [s // unit for s in strides]
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         kernels.choosers[(B * heads,)](
             gates, order, count, *gates.stride(), N, heads, CHUNK=min(1024, triton.next_power_of_2(N)), num_warps=4
         )
         kernels.moh_forward[(B * heads * per_head,)](
             q, k, v, gates, out, order, count,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gates.stride(), *out.stride()[:3],
+            *strides[:9], *gates.stride(), *strides[9:],
             N, M, heads, per_head, scale * math.log2(math.e),
-            D=dim, D1=first, D2=rest, BM=tiles.queries, BN=tiles.keys, PREC=precision,
+            D=dim, D1=first, D2=rest, BM=tiles.queries, BN=tiles.keys, PREC=precision, UNIT=unit,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out

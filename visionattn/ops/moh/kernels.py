@@ -72,8 +72,13 @@ def moh_forward(
     qb, qn, qh, kb, kn, kh, vb, vn, vh, gb, gn, gh, ob, on, oh,
     N, M, heads, tiles, qk_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """BM of the queries that chose one (image, head), over all keys; programs beyond their number leave at once."""
+    """BM of the queries that chose one (image, head), over all keys; programs beyond their number leave at once.
+
+    Strides of Q, K, V, OUT come in units: Triton knows of an integer only whether 16 divides it, so that a head's 72
+    channels would be read one by one.
+    """
     pair = tl.program_id(0) // tiles
     first = (tl.program_id(0) % tiles) * BM
     count = tl.load(COUNT + pair)
@@ -81,12 +86,13 @@ def moh_forward(
         return
     image = (pair // heads).to(tl.int64)
     head = pair % heads
+    qn, kn, vn, on = qn * UNIT, kn * UNIT, vn * UNIT, on * UNIT
     slot = first + tl.arange(0, BM)
     live = slot < count
     token = tl.load(ORDER + pair.to(tl.int64) * N + slot, mask=live, other=0)
-    Q += image * qb + head * qh
-    K += image * kb + head * kh
-    V += image * vb + head * vh
+    Q += (image * qb + head * qh) * UNIT
+    K += (image * kb + head * kh) * UNIT
+    V += (image * vb + head * vh) * UNIT
     q1 = _load(Q, token, qn, D, 0, D1, live, True)
     acc1 = tl.zeros((BM, D1), dtype=tl.float32)
     if D2 > 0:
@@ -108,7 +114,7 @@ def moh_forward(
         )  # fmt: skip
     gate = tl.load(G + image * gb + token * gn + head * gh, mask=live, other=0.0).to(tl.float32)
     factor = (gate / low)[:, None]
-    OUT += image * ob + head * oh
+    OUT += (image * ob + head * oh) * UNIT
     channel = tl.arange(0, D1)
     out = OUT + token[:, None] * on
     tl.store(out + channel[None], (acc1 * factor).to(OUT.dtype.element_ty), mask=live[:, None] & (channel < D)[None])
