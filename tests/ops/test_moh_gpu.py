@@ -74,7 +74,7 @@ def test_aggregated(case, dtype):
     fused = run(None, "triton")
     for i, (x, y, z) in enumerate(zip(fused, eager, oracle, strict=True)):
         assert x.dtype == (dtype if i < 4 else torch.float32)
-        # tau's gradient, one number a head, nearly cancels: what float32's weights lack (2^-19 at logits of 50) shows there
+        # tau's gradient, one number a head, nearly cancels: float32's weights lack 2^-19 at logits of 50
         floor = 2e-5 if i == 5 else 1e-6
         assert error(x, z) <= 2 * error(y, z) + floor, (i, error(x, z), error(y, z))
 
