@@ -1,6 +1,7 @@
 """Launches the Triton kernels of local attention, and registers them as operators that autograd and compile know."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,12 @@ from .patterns import Cross, Disk, Grid, Pattern, radius_squared
 from .tiles import Tiles, pad_dim, pick_tiles
 
 LOG2E = math.log2(math.e)
+
+# The forward kernel of the grid's rows, for benchmarks and tests: 'auto', 'triton', or 'gluon' wherever it can run.
+FORWARD_CHOICES = ("auto", "triton", "gluon")
+forward_choice = os.environ.get("VISIONATTN_LOCAL_FORWARD", "auto")
+if forward_choice not in FORWARD_CHOICES:
+    raise ValueError(f"VISIONATTN_LOCAL_FORWARD={forward_choice!r}: use one of {', '.join(FORWARD_CHOICES)}")
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,11 @@ class Plan:
         self.qk_scale = scale * LOG2E
         self.inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.extra_strides = (*ek.stride()[:3], *ev.stride()[:3]) if ek is not None else (0,) * 6
+        self.gluon = None  # the setting of the forward kernel of kernels_hopper.py, where that runs
+        if tiles is None and self.tma and _capability(q.device) == 90:
+            from . import gluon
+
+            self.gluon = gluon.choose(q, k, v, ek, bias, lengths, grid, pattern, text, forward_choice)
         self._launches: dict = {}
 
     # Constants and numbers that several kernels share
@@ -224,7 +236,7 @@ def plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale,
     key = (
         _signature(q), _signature(k), _signature(v), _signature(ek), _signature(ev), _signature(bias),
         _signature(lengths), q.device, grid, pattern, text, text_first, scale, tiles,
-        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32, forward_choice,
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
@@ -261,6 +273,8 @@ def forward(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, sca
 
 def grid_forward(p: Plan, q, k, v, ek, ev, bias, lengths, out, lse) -> None:
     """The rows of grid queries."""
+    if p.gluon is not None and _gluon_forward(p, q, k, v, out, lse):
+        return
     t = p.tiles.forward
     table, classes = p.table(t.query, t.key)
     strides = (*p.inputs, *out.stride()[:3], *p.extra_strides)
@@ -275,6 +289,24 @@ def grid_forward(p: Plan, q, k, v, ek, ev, bias, lengths, out, lse) -> None:
             (*strides, batch, *p.numbers(t.query, classes), p.qk_scale), constants, t,
         )  # fmt: skip
         launch(q, k, v, out, lse, ek, ev, bias, lengths, table, *descriptors, *prefix)
+
+
+def _gluon_forward(p: Plan, q, k, v, out, lse) -> bool:
+    """Whether the kernel of kernels_hopper.py ran; where it fails to compile or start, Triton's runs from then on."""
+    from . import gluon
+
+    if gluon.failed and forward_choice == "auto":
+        return False
+    try:
+        gluon.grid_forward(p, q, k, v, out, lse, p.gluon)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever Gluon, the assembler or the driver say
+        if forward_choice == "gluon":
+            raise
+        gluon.give_up(e)
+        return False
+    return True
 
 
 def text_forward(p: Plan, q, k, v, lengths, out, lse) -> None:

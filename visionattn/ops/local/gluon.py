@@ -1,13 +1,15 @@
 """Launches the Gluon kernels of kernels_hopper.py: the forward pass on GPUs of compute capability 9.0."""
 
+import functools
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 
-from . import fused
-from .patterns import Cross
+from . import counts, fused
+from .patterns import Cross, Neighborhood
 from .tiles import Shape
 
 
@@ -54,11 +56,58 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
         return "has no dilation"
     if not all(fused._suits_descriptor(x) for x in (q, k, v)):
         return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    if triton.knobs.runtime.interpret:
+        return "Gluon has no interpreter"
     try:
         from . import kernels_hopper  # noqa: F401
-    except ImportError as e:
-        return f"needs Gluon, which ships with triton 3.6: {e}"
+    except Exception as e:  # Gluon is experimental: names move between versions
+        return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
     return None
+
+
+# As measured on an H100 (docs/kernels.md): of windows in two axes, and in three.
+WINDOW = Setting(pingpong=True)
+VIDEO = Setting(query=(2, 8, 8), key=(2, 8, 8), part=(1, 8, 8))
+# The least share of visited tiles that need no mask: disks, with many masks, were slower than with Triton's kernel.
+FULL = 1.0
+
+
+def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setting | None:
+    """What the grid's rows run with, or None for the Triton kernel.
+
+    which: ``'auto'`` takes Gluon where it was measured to be faster: windows of heads of 128 channels whose tiles need
+    no mask, as those have whose stride is a multiple of the tile, and enough of them to fill the GPU; ``'triton'``
+    never; ``'gluon'`` wherever it can run.
+    """
+    if which == "triton" or (which == "auto" and failed):
+        return None
+    if not isinstance(pattern, Neighborhood) or len(grid) == 1:
+        return None
+    if reason(q, k, v, ek, bias, lengths, grid, pattern, text) is not None:
+        return None
+    setting = VIDEO if fused.boxes(pattern, grid).three else WINDOW
+    if which == "gluon":
+        return setting
+    visited, full = counts.visits(pattern, grid, setting.query, setting.key)
+    tiles = math.prod(fused.boxes(pattern, grid).tiles(setting.query)) * q.shape[0] * q.shape[2]
+    fills = tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count
+    return setting if q.shape[-1] == 128 and fills and full >= FULL * visited else None
+
+
+failed: list[str] = []
+
+
+def give_up(error: Exception) -> None:
+    """Remembers, and says once, that these kernels don't run here: the Triton kernels do instead."""
+    lines = str(error).strip().splitlines() or [""]
+    failed.append(f"{type(error).__name__}: {lines[0][:300]}")
+    if len(failed) == 1:
+        warnings.warn(f"local_attention runs Triton's kernels, not Gluon's, which failed: {failed[0]}", stacklevel=2)
 
 
 def _describe(found, block):
