@@ -5,13 +5,16 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import visionattn
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
-from visionattn.layers import AgentAttention, InLineAttention
+from visionattn.layers import AgentAttention, InLineAttention, window
 from visionattn.layers.agent import resize_lines
+from visionattn.layers.cast import GroupedLinear
 from visionattn.layers.window import StripeAttention, WindowAttention
 from visionattn.models.cswin import CSWinBlock
 from visionattn.models.swin import SwinBlock
@@ -220,3 +223,57 @@ def test_bad_settings(cls, settings, message):
 def test_tokens_that_are_not_the_grid(cls):
     with pytest.raises(AssertionError, match="pass their grid"):
         cls(16, 2)(torch.randn(1, 10, 16), (3, 3))
+
+
+def test_stripes_leave_cudnn_out_where_a_gradient_is_wanted(monkeypatch):
+    allowed = []
+    attend = F.scaled_dot_product_attention
+
+    def record(*args, **kwargs):
+        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(window, "NO_CUDNN_GRADIENT", ("cpu",))
+    module = StripeAttention(8, 2, resolution=(4, 4), idx=0, split_size=2)
+    x = torch.randn(3, 2, 16, 8)
+    before = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+    module(x, (4, 4))
+    module(x.requires_grad_(), (4, 4)).sum().backward()
+    torch.backends.cuda.enable_flash_sdp(False)  # a caller's choice, which stays
+    try:
+        module(x, (4, 4))
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before[1])
+    assert allowed == [before, (False, before[1]), (False, False)]
+    assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def test_stripes_without_cudnn_compile_whole(monkeypatch):
+    monkeypatch.setattr(window, "NO_CUDNN_GRADIENT", ("cpu",))
+    module = StripeAttention(8, 2, resolution=(4, 4), idx=0, split_size=2)
+    x = torch.randn(3, 2, 16, 8, requires_grad=True)
+    out = torch.compile(module, fullgraph=True, backend="aot_eager")(x, (4, 4))
+    torch.testing.assert_close(out, module(x, (4, 4)))
+    out.sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    torch.testing.assert_close(torch.jit.script(module)(x, (4, 4)), out)
+
+
+def test_grouped_linear_is_the_grouped_convolution():
+    torch.manual_seed(0)
+    ours, conv = GroupedLinear(12, 36, 3), nn.Conv1d(12, 36, 1, groups=3)
+    conv.load_state_dict(ours.state_dict())
+    x, y = (t.requires_grad_() for t in torch.randn(1, 5, 12, 1).repeat(2, 1, 1, 1).unbind(0))
+    out, expected = ours(x), conv(y)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.weight.grad, conv.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, conv.bias.grad)
+    assert ours(x[:0]).shape == (0, 36, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = ours.eval()(x)
+        assert low.dtype == torch.bfloat16 and ours._kept is not None
+        torch.testing.assert_close(low.float(), expected.detach(), atol=2e-2, rtol=2e-2)

@@ -110,6 +110,28 @@ class Conv2d(KeepsCast, nn.Conv2d):
         return self._conv_forward(x, weight, bias)
 
 
+@register_notrace_module
+class GroupedLinear(KeepsCast, nn.Conv1d):
+    """A grouped ``torch.nn.Conv1d`` of kernel size 1 on (B, C, 1), as one batched product; see :class:`KeepsCast`.
+
+    cuDNN runs such a convolution in several launches, and its gradient in many.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, device=None, dtype=None):
+        super().__init__(in_channels, out_channels, 1, groups=groups, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if not torch.jit.is_scripting():
+            weight, bias = self.cast()
+        B, G = x.shape[0], self.groups
+        assert bias is not None
+        weight = weight.reshape(G, self.out_channels // G, self.in_channels // G)
+        x = x.reshape(B, G, self.in_channels // G).transpose(0, 1)
+        x = torch.baddbmm(bias.reshape(G, 1, self.out_channels // G), x, weight.transpose(1, 2))
+        return x.transpose(0, 1).reshape(B, self.out_channels, 1)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, linear, under timm's names."""
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from visionattn.ops.inline import KERNELS, feature_map, inline_mix
 
-from .cast import Linear
+from .cast import GroupedLinear, Linear
 from .mixer import Mixer
 from .registry import register_module
 from .stripes import stripe_shape
@@ -114,9 +114,9 @@ class InLineAttention(Mixer):
         else:
             self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.residual = nn.Sequential(
-            nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
+            GroupedLinear(dim, dim, num_heads, **dd),
             nn.GELU(),
-            nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd),
+            GroupedLinear(dim, 9 * dim, num_heads, **dd),
         )
         self.proj_drop = nn.Dropout(proj_drop)
 

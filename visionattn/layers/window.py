@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visionattn.ops.depthwise import depthwise_residual
 
@@ -128,6 +129,37 @@ class WindowAttention(EvalCache):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
 
 
+# cuDNN's attention fails in its backward on an H100 (torch 2.11, bfloat16, stripes of 98 tokens: "Expected
+# mha_graph.execute(...)" or an illegal memory access)
+NO_CUDNN_GRADIENT = ("cuda",)
+
+
+@torch.jit.unused
+def _attend_without_cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not torch.compiler.is_compiling():  # which can't read the switches; what the caller has switched off stays off
+        cuda = torch.backends.cuda
+        enabled = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+        backends = [backend for backend, on in zip(backends, enabled, strict=True) if on]
+    if not backends:  # nothing but cuDNN is allowed
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Softmax attention (B, heads, N, D), without cuDNN where its gradient is wanted."""
+    if not torch.jit.is_scripting():
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if wanted and q.device.type in NO_CUDNN_GRADIENT:
+            return _attend_without_cudnn(q, k, v, mask, dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
 @register_notrace_module
 class StripeAttention(nn.Module):
     """Softmax attention inside CSWin's stripes, with LePE (a 3 x 3 depthwise convolution of the stripe's values).
@@ -184,12 +216,12 @@ class StripeAttention(nn.Module):
             inside = stripes(inside.reshape(1, padded[0] * padded[1], 1), padded, shape)
             mask = inside.reshape(1, -1, 1, 1, shape[0] * shape[1]).expand(B, -1, -1, -1, -1).flatten(0, 1)
         n, N, heads = q.shape[0], q.shape[1], self.num_heads
-        out = F.scaled_dot_product_attention(
+        out = _attend(
             q.reshape(n, N, heads, C // heads).transpose(1, 2),
             k.reshape(n, N, heads, C // heads).transpose(1, 2),
             v.reshape(n, N, heads, C // heads).transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            mask,
+            self.attn_drop if self.training else 0.0,
         )
         out = out.transpose(1, 2).reshape(n, N, C)
         out = depthwise_residual(out, v, self.get_v.weight.reshape(1, C, 9), self.get_v.bias, shape)

@@ -11,8 +11,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNELS = os.environ.get("VISIONATTN_KERNELS", "auto")
 if KERNELS not in ("auto", "triton", "torch"):
     raise ValueError(f"VISIONATTN_KERNELS={KERNELS} is unknown: use auto, triton or torch")
-# kernels that passed their tests on a GPU and were faster there
-IN_AUTO = {"depthwise": False, "inline": False, "mala": False, "norm": False}
+# kernels that passed their tests on a GPU and were faster there in whole models; the models of the others wait for the
+# CPU, and their kernels took no load off it
+IN_AUTO = {"depthwise": False, "inline": False, "mala": True, "norm": False}
 
 
 @torch.jit.unused
