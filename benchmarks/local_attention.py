@@ -3,6 +3,7 @@
     python benchmarks/local_attention.py                          # every row, about 15 minutes on an H100
     python benchmarks/local_attention.py --quick                  # within 4 minutes: fewer repeats, no FlexAttention
     python benchmarks/local_attention.py --rows disk-4096 nat     # some rows
+    python benchmarks/local_attention.py --quick --seconds 60     # no row is begun after so long
     python benchmarks/local_attention.py --tune                   # tile sizes of every kernel, not the peers
 
 Times are medians of GPU time between events (milliseconds). TFLOP/s: "useful" counts pairs that the pattern shows,
@@ -29,7 +30,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import visionattn
-from visionattn.ops.local import Disk, Neighborhood, counts, fused, local_attention
+from visionattn.ops.local import Disk, Neighborhood, counts, fused, gluon, local_attention
 from visionattn.ops.local.tiles import Tile
 
 try:
@@ -220,7 +221,12 @@ class Report:
 
 
 def flops(grid, pattern, text, tile: Tile, heads=HEADS, dim=DIM, batch=1) -> dict[str, float]:
-    found = counts.count(pattern, grid, text, 0, tile.query, tile.key)
+    return counted(grid, pattern, text, tile.query, tile.key, heads, dim, batch)
+
+
+def counted(grid, pattern, text, query, key, heads=HEADS, dim=DIM, batch=1) -> dict[str, float]:
+    """FLOP by tiles of queries and keys."""
+    found = counts.count(pattern, grid, text, 0, query, key)
     each = 4 * dim * heads * batch
     return {
         "useful image": (found["pairs"] - found["text_rows"]) * each,
@@ -247,13 +253,36 @@ def check(q, k, v, grid, pattern, text) -> None:
             raise RuntimeError(f"{pattern} on {grid}: token {token} is off by {error:.3g}, so nothing is timed")
 
 
+def image_rows(report, name, q, k, v, grid, pattern, text) -> tuple[float | None, dict]:
+    """The kernel that 'auto' takes, and the other one where both can run: its milliseconds, and FLOP."""
+    auto = plan_of(q, k, v, grid, pattern, text)
+    found = None
+    for choice in ("auto", "triton" if auto.gluon else "gluon"):
+        fused.forward_choice = choice
+        try:
+            plan = plan_of(q, k, v, grid, pattern, text)
+            if choice == "gluon" and plan.gluon is None:
+                continue
+            tile = plan.gluon or plan.tiles.forward
+            f = counted(grid, pattern, text, tile.query, tile.key)
+            kernel = "gluon" if plan.gluon else "triton"
+            ms = attempt(image_run(q, k, v, grid, pattern, text), f"ours, {kernel}")
+            kernel = "gluon" if plan.gluon and not gluon.failed else "triton"
+            report(
+                name, "image queries", "ours" if choice == "auto" else f"ours, {choice}", ms, f["useful image"],
+                f["executed image"], f"{kernel}: queries {tile.query} keys {tile.key}".replace(",", ""),
+            )  # fmt: skip
+            if choice == "auto":
+                found = ms, f
+        finally:
+            fused.forward_choice = "auto"
+    return found
+
+
 def forward_row(report, name, grid, pattern, text, dense=True, peer=None, flex=False, whole=True) -> None:
     q, k, v = make(grid, text)
     check(q, k, v, grid, pattern, text)
-    plan = plan_of(q, k, v, grid, pattern, text)
-    f = flops(grid, pattern, text, plan.tiles.forward)
-    ours = report(name, "image queries", "ours", attempt(image_run(q, k, v, grid, pattern, text), "ours"),
-                  f["useful image"], f["executed image"], str(plan.tiles.forward).replace(",", ";"))  # fmt: skip
+    ours, f = image_rows(report, name, q, k, v, grid, pattern, text)
     layer = None
     if text and whole:
         layer = report(name, "whole layer", "ours", attempt(
@@ -522,6 +551,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--quick", action="store_true", help="within 4 minutes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so long")
     parser.add_argument("--tune", action="store_true", help="time tile sizes instead")
     parser.add_argument("--kernels", nargs="+", choices=sorted({k for k, _ in CANDIDATES}), help="what to tune")
     parser.add_argument("--workers", type=int, default=10, help="processes that compile candidates")
@@ -541,6 +571,9 @@ def main() -> None:
         tune(report, args.kernels, args.workers)
         return
     for row in args.rows:
+        if time.perf_counter() - START > args.seconds:
+            print(f"{row}: not begun after {args.seconds:.0f} s", flush=True)
+            continue
         print(row, flush=True)
         try:
             run_row(row, report, args.quick)

@@ -29,6 +29,7 @@ def force(monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(fused, "forward_choice", "gluon")
+    monkeypatch.setattr(fused, "_plans", {})
 
 
 def make(case, dtype):
@@ -94,9 +95,10 @@ def test_strided_inputs_and_poison():
 
 
 def test_auto_takes_full_tiles_only(monkeypatch):
-    """Same answer as Triton's kernel where 'auto' takes this one, also compiled; masks, disks and float32 stay there."""
+    """Same answer as Triton's kernel where 'auto' takes this one, also compiled; disks and float32 stay there."""
     monkeypatch.setattr(fused, "forward_choice", "auto")
     monkeypatch.setattr(gluon, "failed", [])
+    monkeypatch.setattr(gluon, "MEASURED", ("",))
     given = dict(grid=(64, 128), pattern=Neighborhood(32, 16), text=77)
     tensors = [torch.randn(1, 64 * 128 + 77, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     assert takes_gluon(tensors, given)
@@ -117,6 +119,7 @@ def test_auto_takes_full_tiles_only(monkeypatch):
 def test_failure_is_said_once_and_triton_runs(monkeypatch):
     monkeypatch.setattr(fused, "forward_choice", "auto")
     monkeypatch.setattr(gluon, "failed", [])
+    monkeypatch.setattr(gluon, "MEASURED", ("",))
     given = dict(grid=(64, 144), pattern=Neighborhood(32, 16), backend="triton")
     q = torch.randn(1, 64 * 144, 4, 128, device="cuda", dtype=torch.bfloat16)
     expected = local_attention(q, q, q, **given)

@@ -77,12 +77,16 @@ VIDEO = Setting(query=(2, 8, 8), key=(2, 8, 8), part=(1, 8, 8))
 FULL = 1.0
 
 
+# Versions of triton with which they ran: they compile for others too, but a deadlock could not be caught.
+MEASURED = ("3.6.",)
+
+
 def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setting | None:
     """What the grid's rows run with, or None for the Triton kernel.
 
     which: ``'auto'`` takes Gluon where it was measured to be faster: windows of heads of 128 channels whose tiles need
-    no mask, as those have whose stride is a multiple of the tile, and enough of them to fill the GPU; ``'triton'``
-    never; ``'gluon'`` wherever it can run.
+    no mask, as those have whose stride is a multiple of the tile, enough of them to fill the GPU, and a version of
+    triton they ran with; ``'triton'`` never; ``'gluon'`` for windows wherever it can run.
     """
     if which == "triton" or (which == "auto" and failed):
         return None
@@ -93,6 +97,8 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
     setting = VIDEO if fused.boxes(pattern, grid).three else WINDOW
     if which == "gluon":
         return setting
+    if not triton.__version__.startswith(MEASURED):
+        return None
     visited, full = counts.visits(pattern, grid, setting.query, setting.key)
     tiles = math.prod(fused.boxes(pattern, grid).tiles(setting.query)) * q.shape[0] * q.shape[2]
     fills = tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count

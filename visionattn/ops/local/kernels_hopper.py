@@ -31,6 +31,8 @@ visit_keys, full_visit, masked_visit = (
 query_bounds, sees = _shared(kernels.query_bounds), _shared(kernels.sees)
 table_range, table_visit = _shared(kernels.table_range), _shared(kernels.table_visit)
 
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name from triton 3.8 on
+
 RUN, GRID, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
@@ -285,7 +287,7 @@ def refill(i, ring, VALUES: gl.constexpr, loads, full_bars, bufs, CONST: gl.cons
     STAGES: gl.constexpr = CONST[4]
     counts, shape, run, batch, kv_head, table, descs, total = loads
     k_desc, v_desc, kt_desc, vt_desc = descs
-    gl.thread_barrier()
+    thread_barrier()
     if i + STAGES < total:
         slot = ring % STAGES
         grid_desc = v_desc if VALUES else k_desc
@@ -463,7 +465,7 @@ def finish(acc, row_max, row_sum, o_buf, outs, chunk, z, y, x, batch, head, size
         lse = gl.where(some, lse * 0.6931471805599453, -float("inf"))
         gl.store(lse_ptr + row + token, lse, mask=(qz < T) & (qy < H) & (qx < W))
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
         o_buf.store(acc.to(o_buf.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [z if THREE else batch, y, x, head, 0], _as(o_buf, o_desc))
