@@ -14,7 +14,7 @@ from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
 from visionattn.layers import AgentAttention, InLineAttention, window
 from visionattn.layers.agent import resize_lines
-from visionattn.layers.cast import GroupedLinear
+from visionattn.layers.cast import GroupedLinear, Linear
 from visionattn.layers.window import StripeAttention, WindowAttention
 from visionattn.models.cswin import CSWinBlock
 from visionattn.models.swin import SwinBlock
@@ -277,3 +277,26 @@ def test_grouped_linear_is_the_grouped_convolution():
         low = ours.eval()(x)
         assert low.dtype == torch.bfloat16 and ours._kept is not None
         torch.testing.assert_close(low.float(), expected.detach(), atol=2e-2, rtol=2e-2)
+
+
+def test_kept_weights_follow_their_parameters():
+    layer, x = Linear(4, 4).eval(), torch.randn(2, 4)
+    changes = [
+        lambda: layer.weight.add_(1),
+        lambda: layer.bias.add_(1),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.randn(4, 4))),
+        lambda: setattr(layer, "bias", None),
+        lambda: layer.load_state_dict({"weight": torch.randn(4, 4)}),
+        lambda: setattr(layer.weight, "data", torch.randn(4, 4)),
+    ]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        for change in changes:
+            layer(x)
+            assert layer.cast()[0] is layer.cast()[0]
+            change()
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        with torch.autocast("cpu", torch.float16):
+            assert layer.cast()[0].dtype == torch.float16
+        with torch.enable_grad():
+            assert layer.cast()[0] is layer.weight
+    assert layer.cast()[0] is layer.weight

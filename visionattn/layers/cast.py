@@ -44,6 +44,29 @@ class KeepsCast(nn.Module):
 
         ``scale``: factors of the output channels that go onto both.
         """
+        if torch.compiler.is_compiling():
+            return scaled(self.weight, self.bias, scale)
+        kept = self._kept
+        if kept is not None:  # the whole of most calls, so nothing is looked at twice and no attribute is searched for
+            kind, dtype, pointer, weight, bias, factors, versions, low = kept
+            own = self._parameters
+            if (
+                own.get("weight") is weight
+                and own.get("bias") is bias
+                and scale is factors
+                and weight._version == versions[0]
+                and (bias is None or bias._version == versions[1])
+                and (scale is None or scale._version == versions[2])
+                and weight.data_ptr() == pointer
+                and torch.is_autocast_enabled(kind)
+                and torch.get_autocast_dtype(kind) is dtype
+                and not (weight.requires_grad and torch.is_grad_enabled())
+            ):
+                return low
+        return self._fresh_cast(scale)
+
+    @torch.jit.unused
+    def _fresh_cast(self, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.weight, self.bias
         kind = weight.device.type
         if (
@@ -51,15 +74,10 @@ class KeepsCast(nn.Module):
             or kind == "meta"
             or not torch.is_autocast_enabled(kind)
             or (torch.is_grad_enabled() and weight.requires_grad)
-            or torch.compiler.is_compiling()
         ):
             return scaled(weight, bias, scale)
         dtype = torch.get_autocast_dtype(kind)
         given = (weight, bias, scale)
-        versions = (dtype, weight.data_ptr(), *(0 if t is None or t.is_inference() else t._version for t in given))
-        kept = self._kept
-        if kept is not None and kept[1] == versions and all(a is b for a, b in zip(kept[0], given, strict=True)):
-            return kept[2]
         # subclasses (quantised, sharded, of a transform) have rules of their own
         if any(t is not None and (type(t) is not nn.Parameter or t.is_inference()) for t in given):
             return scaled(weight, bias, scale)
@@ -69,7 +87,8 @@ class KeepsCast(nn.Module):
             low = tuple(None if t is None else t.to(dtype) for t in scaled(weight, bias, scale))
         if weight.is_cuda:
             torch.cuda.current_stream(weight.device).synchronize()  # once: other streams may read it from now on
-        self._kept = (given, versions, low)
+        versions = tuple(0 if t is None else t._version for t in given)
+        self._kept = (kind, dtype, weight.data_ptr(), *given, versions, low)
         return low
 
     def train(self, mode: bool = True):
