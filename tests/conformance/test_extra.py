@@ -78,14 +78,19 @@ def test_export(name, tmp_path):
 
 @over_models("compile")
 def test_compile(name):
-    """torch.compile(fullgraph=True): forward and backward without a graph break; code is generated below only."""
+    """torch.compile(fullgraph=True): forward and backward without a graph break; code is generated below only.
+
+    What inference runs is traced without a break too; test_export takes that graph further.
+    """
     torch.compiler.reset()
     model, x = build(name)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    model(x).square().sum().backward()
-    compiled(x).square().sum().backward()
+    expected, got = model(x), compiled(x)
+    assert_same(got, expected)
+    expected.square().sum().backward()
+    got.square().sum().backward()
     with torch.no_grad():
-        assert_same(compiled(x), model(x))
+        assert_same(torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")(x), model(x))
     gradients = dict(model.named_parameters())
     for key, parameter in compiled._orig_mod.named_parameters():
         torch.testing.assert_close(
