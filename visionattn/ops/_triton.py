@@ -18,10 +18,19 @@ IN_AUTO = {"depthwise": False, "inline": False, "mala": True, "norm": False}
 
 @torch.jit.unused
 def in_auto(operator: str) -> bool:
-    """Whether ``'auto'`` takes the kernel of this operator where it can run."""
-    return KERNELS == "triton" or (KERNELS == "auto" and IN_AUTO[operator])
+    """Whether ``'auto'`` takes the kernel of this operator where it can run.
+
+    Not in programs (compiled, exported), where the compiler fuses PyTorch's operators and nothing was measured, and not
+    under ``torch.func``'s transforms, whose tensors have no memory to read.
+    """
+    if KERNELS != "auto" or not IN_AUTO[operator]:
+        return KERNELS == "triton"
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
+@torch.compiler.assume_constant_result  # the compiler can't look into triton's settings
 def cannot_run(device: str, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run on tensors of this device and dtype; None where they can."""
     if dtype not in DTYPES:
