@@ -16,6 +16,7 @@ require_extra("mmdet", "detection")
 
 from visionattn.detection import ensure_mmcv_ops, mmcv_ext, tool  # noqa: E402
 from visionattn.detection.mmcv_ext import late  # noqa: E402
+from visionattn.detection.mmcv_ext.nms import _threshold as nms_threshold  # noqa: E402
 
 ensure_mmcv_ops()
 import mmcv  # noqa: E402
@@ -58,6 +59,49 @@ def test_equals_mmcv(file, device):
             torch.testing.assert_close(result, value, rtol=0, atol=tolerance, msg=lambda m: f"{operator} {name}: {m}")  # noqa: B023
         count += 1
     assert count >= 4
+
+
+def test_recorded_nms_has_one_answer():
+    """No recorded call of a sorting operator hangs on the order of equal scores or on an overlap's last bits."""
+    for operator, tensors, numbers, _ in recorded("nms"):
+        if operator == "softnms":  # it does not sort
+            continue
+        boxes = tensors["boxes"] if operator == "nms" else tensors["dets"][:, :4]
+        scores = tensors["scores"] if operator == "nms" else tensors["dets"][:, 4]
+        assert len(scores.unique()) == len(scores)
+        low, high = boxes.double().split(2, dim=1)
+        high = high + numbers.get("offset", 0)
+        inter = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0).prod(-1)
+        area = (high - low).prod(-1)
+        gap = (inter / (area[:, None] + area - inter) - numbers["iou_threshold"]).abs()
+        # exactly at the threshold: whole numbers, which every order of operations computes alike
+        exact = (gap < 1e-12) & (boxes == boxes.round()).all()
+        assert gap[~exact].min() > 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_equal_scores_and_overlaps_at_the_threshold(device):
+    """Equal scores come in ``Tensor.sort``'s order, as mmcv's; an overlap equal to the threshold is not above it."""
+    torch.manual_seed(0)
+    for number in (20, 200, 5000):  # a GPU sorts these in different ways
+        boxes = (torch.rand(number, 4) * 100).sort(dim=1).values.to(device)
+        scores = (torch.rand(number) * 10).round().to(device)
+        order = scores.sort(descending=True).indices
+        ranks = torch.empty_like(scores)
+        ranks[order] = torch.arange(number, 0, -1, dtype=ranks.dtype, device=device)
+        for offset in (0, 1):
+            kept = ext.nms(boxes, scores, iou_threshold=0.5, offset=offset)
+            assert torch.equal(kept, ext.nms(boxes, ranks, iou_threshold=0.5, offset=offset))
+    for dtype in (torch.float32, torch.float64):
+        for offset in (0, 1):
+            for tenths in range(1, 10):
+                boxes = torch.tensor([[0, 0, 10, 10], [0, 0, tenths, 10]], dtype=dtype, device=device)
+                boxes[:, 2:] -= offset
+                at, below = (len(ext.nms(boxes, boxes[:, 2], t, offset)) for t in (tenths / 10, tenths / 10 - 1e-6))
+                assert (at, below) == (2, 1), (dtype, offset, tenths)
+                # a GPU's kernel takes a float: nothing may be lost on the way
+                threshold = nms_threshold(tenths / 10, dtype)
+                assert threshold == np.float32(threshold) and (dtype == torch.float32 or threshold >= tenths / 10)
 
 
 def double(*shape: int) -> torch.Tensor:

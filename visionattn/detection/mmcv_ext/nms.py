@@ -36,12 +36,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         # in double precision the shift loses nothing of coordinates that batched NMS made large
         boxes = boxes.double()
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    elif boxes.dtype == torch.float32:
-        # mmcv's threshold is a C float: an overlap of exactly 0.6f is not above 0.6f, but above the double 0.6
-        iou_threshold = c_float(iou_threshold)
-    # the same sort as mmcv's: of equal scores the same box comes first
-    scores, order = scores.sort(descending=True)
-    return order[torch.ops.torchvision.nms(boxes[order], scores.to(boxes.dtype), iou_threshold)]
+    # the same sort as mmcv's: of equal scores the same box comes first. torchvision sorts once more, in another way, so
+    # it gets ranks, among which none are equal (float32 holds them up to 2**24)
+    order = scores.sort(descending=True).indices
+    ranks = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
+    return order[torch.ops.torchvision.nms(boxes[order], ranks, _threshold(iou_threshold, boxes.dtype))]
 
 
 @kernel
@@ -123,6 +122,18 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
             groups.append([int(order[first]), *order[rest[taken]].tolist()])
             free = rest[~taken]
     return groups
+
+
+def _threshold(iou_threshold: float, dtype: torch.dtype) -> float:
+    """``iou_threshold`` as a number that float32 holds, and that an overlap equal to it is not above.
+
+    mmcv's threshold is a C float: an overlap of exactly 0.6f is not above 0.6f, but above the double 0.6. torchvision
+    compares with a double on a CPU and with a float on a GPU, where the double 0.7 is above 0.7f.
+    """
+    threshold = np.float32(iou_threshold)
+    if dtype == torch.float64 and float(threshold) < iou_threshold:
+        threshold = np.nextafter(threshold, np.float32(np.inf))
+    return float(threshold)
 
 
 def _area(box: np.ndarray, offset: int) -> np.ndarray:
