@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "weights"
 BEGIN = "# Trained here; benchmarks/train_test_weights.py writes all that follows.\n"
 EPOCHS = 20
+LONGER = {"test_agent_deit": 60, "test_inline_deit": 60}  # no convolution before their tokens: not done after 20
 LIMIT = 2_000_000  # bytes of a file
 DOCUMENT = ROOT / "docs" / "weights.md"
 MARKS = ("<!-- benchmarks/train_test_weights.py writes from here -->", "<!-- to here -->")
@@ -46,7 +47,7 @@ def arguments(name: str, seed: int) -> list[str]:
     """What train.py is given; it stands on the model's card."""
     size = timm.get_pretrained_cfg(f"{name}.digits").input_size[-1]
     words = ["--config", "digits", "--model", f"{name}.digits", "--img-size", str(size)]
-    return [*words, "--epochs", str(EPOCHS), "--seed", str(seed)]
+    return [*words, "--epochs", str(LONGER.get(name, EPOCHS)), "--seed", str(seed)]
 
 
 def train(name: str, runs: Path, seed: int) -> Path:
@@ -56,7 +57,7 @@ def train(name: str, runs: Path, seed: int) -> Path:
         raise SystemExit(f"train_test_weights.py: the run of {name} failed, see above")
     for run in sorted(runs.glob(f"*-{name}.digits"), reverse=True):
         with (run / "summary.csv").open() as file:
-            if len(list(csv.DictReader(file))) == EPOCHS:
+            if len(list(csv.DictReader(file))) == LONGER.get(name, EPOCHS):
                 return run / "last.safetensors"
     raise SystemExit(f"train_test_weights.py: the run of {name} was stopped; start again to go on from here")
 
