@@ -73,8 +73,8 @@ def _missing() -> str | None:
 # As measured on an H100 (docs/kernels.md): of windows in two axes, and in three.
 WINDOW = Setting(pingpong=True)
 VIDEO = Setting(query=(2, 8, 8), key=(2, 8, 8), part=(1, 8, 8))
-# The least share of visited tiles that need no mask: window 80 of stride 1 (0.64) was 1.14 times as fast as with Triton's
-# kernel, window 48 (0.42) 0.91 times, and disks, with many masks, were slower too.
+# The least share of visited tiles that need no mask: window 80 of stride 1 (0.64) was 1.14 times as fast as with
+# Triton's kernel, window 48 (0.42) 0.91 times, and disks, with many masks, were slower too.
 FULL = 0.6
 
 
