@@ -279,6 +279,19 @@ def test_grouped_linear_is_the_grouped_convolution():
         torch.testing.assert_close(low.float(), expected.detach(), atol=2e-2, rtol=2e-2)
 
 
+def test_no_copy_is_kept_of_what_is_trained():
+    """A trained bias over a frozen weight, in eval mode, has its gradient, also after a copy was kept."""
+    layer = Linear(8, 8).eval()
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            layer(x)
+        assert layer._kept is not None
+        layer(x).float().sum().backward()
+    assert layer.bias.grad is not None and (layer.bias.grad == 4).all()
+
+
 def test_kept_weights_follow_their_parameters():
     layer, x = Linear(4, 4).eval(), torch.randn(2, 4)
     changes = [

@@ -55,7 +55,7 @@ WRONG = {
     "size": ("--model test_vit --img-size 100 --dataset synthetic --num-classes 4 --epochs 1", "test_vit", "100"),
     "channels": (f"{TINY} --data-dir PICTURES --in-chans 5", "in_chans=5", "1", "3"),
     "device": (f"{SYNTHETIC} --device tpux", "tpux"),
-    "GPU": (f"{SYNTHETIC} --device cuda", "cuda", "--device cpu"),
+    "GPU": (f"{SYNTHETIC} --device cuda", "cuda", "give auto or cpu"),
     "data set": (f"{TINY} --dataset imagenot", "imagenot"),
     "data folder": (f"{TINY} --data-dir /no/such/folder", "/no/such/folder", "--data-dir"),
     "classes": (f"{TINY} --data-dir PICTURES --num-classes 7", "num_classes=7", "3 classes"),

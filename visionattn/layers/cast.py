@@ -24,6 +24,10 @@ def scaled(
     return weight, bias * scale if bias is not None else None
 
 
+def wants_grad(x: torch.Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
 class KeepsCast(nn.Module):
     """Keeps ``weight`` and ``bias`` in autocast's dtype.
 
@@ -50,6 +54,7 @@ class KeepsCast(nn.Module):
         if kept is not None:  # the whole of most calls, so nothing is looked at twice and no attribute is searched for
             kind, dtype, pointer, weight, bias, factors, versions, low = kept
             own = self._parameters
+            trained = wants_grad(weight) or wants_grad(bias) or wants_grad(scale)
             if (
                 own.get("weight") is weight
                 and own.get("bias") is bias
@@ -60,7 +65,7 @@ class KeepsCast(nn.Module):
                 and weight.data_ptr() == pointer
                 and torch.is_autocast_enabled(kind)
                 and torch.get_autocast_dtype(kind) is dtype
-                and not (weight.requires_grad and torch.is_grad_enabled())
+                and not (trained and torch.is_grad_enabled())
             ):
                 return low
         return self._fresh_cast(scale)
@@ -73,7 +78,7 @@ class KeepsCast(nn.Module):
             self.training
             or kind == "meta"
             or not torch.is_autocast_enabled(kind)
-            or (torch.is_grad_enabled() and weight.requires_grad)
+            or (torch.is_grad_enabled() and any(map(wants_grad, (weight, bias, scale))))
         ):
             return scaled(weight, bias, scale)
         dtype = torch.get_autocast_dtype(kind)
@@ -182,7 +187,7 @@ class _Norm(LayerNorm):
             return None
         if not x.is_cuda or not torch.is_autocast_enabled("cuda"):
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if torch.is_grad_enabled() and any(map(wants_grad, (x, y, weight, bias))):
             return None
         others = (x,) if y is None else (x, y)
         if bias is None or self._fast_norm or any(type(t) is not torch.Tensor or not t.is_contiguous() for t in others):
