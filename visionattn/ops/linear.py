@@ -226,7 +226,8 @@ def mala_mix(
         sin, cos: (P + H * W, D) of :func:`rotary_tables`, in qkvo's dtype.
         grid: (H, W).
         backend: ``'reference'`` (N x N weights), ``'matmul'``, ``'triton'`` (few launches, no copies), or ``'auto'``:
-            the kernels where :data:`visionattn.ops._triton.IN_AUTO` has them and they can run, else the products.
+            the kernels where :data:`visionattn.ops._triton.IN_AUTO` has them and they can run, else the products. The
+            kernels have no second derivative; ``'matmul'`` has.
 
     Returns:
         (B, P + H * W, C).
