@@ -3,12 +3,13 @@
     python benchmarks/backbones.py                              # the default list, eager, 224 px, batch 64
     python benchmarks/backbones.py --modes eager compile --batch 256 --models agent_swin_tiny resnet50
     python benchmarks/backbones.py --sizes 224 1024 2048 --scale-batch --models inline_swin_tiny inline_swin_tiny@global
-    python benchmarks/backbones.py --profile --models agent_swin_tiny   # where the time goes, and the share of copies
+    python benchmarks/backbones.py --modes compile cudagraphs --workers 8        # eight models compile at the same time
 
 ``NAME@global`` is the host of NAME with fused softmax attention over all tokens of each stage; ``NAME:key=value``
 overrides an argument of the model. Every model has a turn in every round; the numbers are medians over rounds. bfloat16
-autocast, random weights. Rows go to a CSV file as soon as they are known; rows that the file has are skipped, and with
-``--minutes`` a run stops in time, so that the next one goes on.
+autocast, random weights. ``compile`` is torch.compile's default mode, ``cudagraphs`` its mode 'reduce-overhead'. Rows
+go to a CSV file as soon as they are known; rows that the file has are skipped, and with ``--minutes`` a run stops in
+time, so that the next one goes on. Where the time goes: profile_model.py.
 """
 
 import argparse
@@ -81,7 +82,8 @@ class Case:
         model = model.to(memory_format=layout).train(task == "train")
         self.x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
         self.y = torch.randint(1000, (batch,), device=device)
-        self.forward = torch.compile(model) if mode == "compile" else model
+        compiled = {"compile": "default", "cudagraphs": "reduce-overhead"}
+        self.forward = torch.compile(model, mode=compiled[mode]) if mode in compiled else model
         self.train = task == "train"
         if self.train:
             self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
@@ -98,6 +100,8 @@ class Case:
         self.times.clear()
 
     def step(self) -> None:
+        if self.row["mode"] == "cudagraphs":
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device, torch.bfloat16):
             if not self.train:
                 with torch.inference_mode() if self.row["mode"] == "eager" else torch.no_grad():
@@ -135,6 +139,12 @@ class Case:
             ms_per_batch=round(1e3 * median, 3),
             spread=round((max(self.times) - min(self.times)) / median, 3),
         )
+
+
+def settings() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 256  # models of one class share code, and each compiles it anew
 
 
 def key_of(row: dict) -> tuple:
@@ -190,49 +200,91 @@ def measure(group: list[tuple], args, device: str, about: dict, deadline: float)
             case.turn()
     rows += [dict(case.result(), GMACs=costs[case.row["model"]], **about) for case in cases]
     append(args.out, rows)
-    for row in rows:
-        print(" ".join(f"{row.get(f, '')!s:>{w}}" for f, w in COLUMNS), row.get("note", ""), flush=True)
+    show(rows)
     del cases
     free()
 
 
 COLUMNS = [("model", 34), ("task", 6), ("mode", 8), ("size", 5), ("batch", 6), ("images_per_s", 10), ("peak_GiB", 9)]
-COPIES = re.compile(r"direct_copy|Memcpy DtoD|CatArray|roll_cuda|nchwToNhwc|nhwcToNchw|transpose|convertTensor", re.I)
-CASTS = re.compile(r"float16_copy|bfloat16_copy|half_copy|LoadWithCast", re.I)
 
 
-def profile(args, device: str) -> None:
-    """GPU time by kernel for each model and task, and how much of it copies and casts are."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+def work(build_slots, pipe, case: tuple, channels_last: bool, device: str) -> None:
+    """A process with one model: builds (and compiles) it, says so, then takes a turn whenever it is told to."""
+    settings()
+    try:
+        with build_slots:
+            built = Case(*case, channels_last, device)
+        free_memory = device == "cuda" and built.row["mode"] != "cudagraphs"
+        pipe.send(dict(built.row))
+        while pipe.recv() == "turn":
+            for _ in range(2):  # memory comes back to this process, clocks come up
+                built.step()
+            built.turn()
+            if free_memory:
+                torch.cuda.empty_cache()
+            pipe.send("taken")
+        pipe.send(built.result())
+    except Exception as error:
+        pipe.send(dict(note=f"{type(error).__name__}: {error}".split("\n")[0][:160]))
 
-    for spec in args.models:
-        for task in args.tasks:
-            for mode in args.modes:
-                case = Case(spec, task, mode, args.sizes[0], args.batch, args.channels_last, device)
-                with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-                    for _ in range(3):
-                        case.step()
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-                kernels: dict[str, list[float]] = {}
-                for event in trace.events():
-                    if event.device_type == torch.autograd.DeviceType.CUDA:
-                        entry = kernels.setdefault(event.name, [0.0, 0])
-                        entry[0] += event.device_time_total / 3e3
-                        entry[1] += 1
-                total = sum(t for t, _ in kernels.values()) or 1.0
-                copies = sum(t for name, (t, _) in kernels.items() if COPIES.search(name) and not CASTS.search(name))
-                casts = sum(t for name, (t, _) in kernels.items() if CASTS.search(name))
-                launches = sum(n for _, n in kernels.values()) / 3
-                print(
-                    f"\n{spec} {task} {mode}: {total:.2f} ms of kernels in {case.turn() * 1e3:.2f} ms per step, "
-                    f"{launches:.0f} launches, copies {copies / total:.1%}, casts {casts / total:.1%}"
-                )
-                for name, (t, n) in sorted(kernels.items(), key=lambda item: -item[1][0])[: args.top]:
-                    print(f"  {t:8.3f} ms {t / total:6.1%} {n / 3:6.1f} x  {name[:150]}")
-                del case
-                free()
+
+def measure_in_processes(group: list[tuple], args, device: str, about: dict, deadline: float) -> None:
+    """As ``measure``, with a process for each model, ``--workers`` of which build at the same time.
+
+    Nothing is timed before all of them are ready, and one at a time has its turn, so that compilation in parallel
+    disturbs no figure.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    slots = context.Semaphore(args.workers)
+    running, rows = [], []
+    for case in group:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(slots, theirs, case, args.channels_last, device))
+        process.start()
+        theirs.close()
+        running.append((case, process, ours))
+    try:
+        ready = []
+        for case, process, pipe in running:
+            row = dict(zip(KEY, (*case, int(args.channels_last)), strict=True))
+            answer = answer_of(pipe, deadline)
+            if "note" in answer:
+                rows.append(dict(row, **answer, **about))
+                process.kill()  # what it still compiles would take time from the others' turns
+                print(f"{case[0]}: {answer['note']}", flush=True)
+            else:
+                ready.append((case, pipe))
+        for _ in range(args.rounds):
+            for turn in list(ready):
+                case, pipe = turn
+                pipe.send("turn")
+                answer = answer_of(pipe, time.monotonic() + 60)
+                if answer != "taken":
+                    rows.append(dict(zip(KEY, (*case, int(args.channels_last)), strict=True), **answer, **about))
+                    ready.remove(turn)
+        for case, pipe in ready:
+            pipe.send("result")
+            rows.append(dict(pipe.recv(), GMACs=round(gmacs(case[0], case[3]), 3), **about))
+    finally:
+        for _, process, _ in running:
+            process.kill()
+    append(args.out, rows)
+    show(rows)
+
+
+def answer_of(pipe, deadline: float) -> dict | str:
+    """What a process says, or a row's note on why it says nothing."""
+    try:
+        if pipe.poll(max(0.0, deadline - time.monotonic())):
+            return pipe.recv()
+        return dict(note="no answer in time")
+    except EOFError:
+        return dict(note="its process ended")
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        print(" ".join(f"{row.get(f, '')!s:>{w}}" for f, w in COLUMNS), row.get("note", ""), flush=True)
 
 
 def picture(path: Path) -> None:
@@ -269,22 +321,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--tasks", nargs="+", default=["infer", "train"], choices=["infer", "train"])
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compile"])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compile", "cudagraphs"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scale-batch", action="store_true", help="fewer images at larger sizes: as many pixels")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further model after this time")
-    parser.add_argument("--profile", action="store_true", help="kernels and the share of copies instead of throughput")
-    parser.add_argument("--top", type=int, default=14, help="kernels to print with --profile")
+    parser.add_argument("--workers", type=int, default=0, help="a process for each model, so many build at a time")
     parser.add_argument("--out", type=Path, help="CSV file; the picture lies beside it")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 256  # models of one class share code, and each compiles it anew
+    settings()
     gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     if args.out is None:
         label = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
@@ -297,9 +346,6 @@ def main() -> None:
         print(f"left out, not registered: {', '.join(unknown)}", file=sys.stderr)
         args.models = [spec for spec in args.models if spec not in unknown]
     print(f"{gpu}, torch {torch.__version__}, timm {timm.__version__}, visionattn {visionattn.__version__}", flush=True)
-    if args.profile:
-        profile(args, device)
-        return
 
     about = dict(device=gpu, torch=torch.__version__)
     done = {key_of(row) for row in read(args.out)}
@@ -311,7 +357,7 @@ def main() -> None:
                 cases = [(spec, task, mode, size, batch) for spec in args.models]
                 cases = [c for c in cases if (*map(str, c), str(int(args.channels_last))) not in done]
                 if cases and time.monotonic() < deadline:
-                    measure(cases, args, device, about, deadline)
+                    (measure_in_processes if args.workers else measure)(cases, args, device, about, deadline)
     picture(args.out)
     print(f"rows in {args.out}, picture beside it")
 
