@@ -5,6 +5,7 @@ bfloat16 is left to the GPU: the interpreter multiplies its bit patterns as inte
 
 import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from visionattn.ops.local import Cross, Disk, Neighborhood, fused, local_attention
+from visionattn.ops.local import text as text_rows
 from visionattn.ops.local.reference import reference
 from visionattn.ops.local.tiles import Tile, Tiles
 
@@ -37,6 +39,7 @@ CASES = {
     "descriptors, video": ((3, 4, 5), Neighborhood((2, 3, 4)), (2, 2, 4), SMALL, dict(text=16, tma=True, B=2)),
     "half precision": ((6, 9), Neighborhood(5), SMALL, SMALL, dict(text=2, dtype=torch.float16)),
 }  # fmt: skip
+TEXT_TILES = Tiles(*[Tile(SMALL, SMALL, 4, 1)] * 4, False)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
 
 
@@ -130,6 +133,64 @@ def test_a_query_that_sees_nothing():
     out = local_attention(q, k, v, (4,), Neighborhood(2), 2, text_lengths=lengths, backend="triton")
     expected = local_attention(q, k, v, (4,), Neighborhood(2), 2, text_lengths=lengths, backend="reference")
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", ["disk", "descriptors, video", "text last"])
+def test_text_rows_by_dense_attention(case, count, monkeypatch):
+    """PyTorch's fused attention writes them, in one part or in chunks and what they leave over, heads grouped."""
+    settings = {"text last": ((7, 6), Neighborhood(3), 5, False, 0.3)}
+    if case == "text last":
+        batch, kv_heads, settings, tiles = 2, 2, settings[case], None
+    else:
+        _, _, settings, tiles = problem(case)
+        batch, kv_heads = CASES[case][4].get("B", 1), CASES[case][4].get("kv_heads", 2)
+    grid, pattern, text, first, scale = settings
+    n = math.prod(grid) + text
+    torch.manual_seed(0)
+    q, k, v = (inside_nan(torch.randn(batch, n, heads, 16)) for heads in (4, kv_heads, kv_heads))
+    p = fused.Plan(q, k, v, None, None, None, None, *settings, tiles or TEXT_TILES)
+    p.text_chunks = text_rows.cut(n, count)
+    assert (n - p.text_chunks.count * p.text_chunks.keys) % n != 1
+    out, lse = torch.empty(batch, n, 4, 16), torch.empty(batch, 4, n)
+    fused.text_forward(p, q, k, v, None, out, lse)
+    expected, expected_lse = reference(
+        q.double(), k.double(), v.double(), grid, pattern, text, first, None, None, None, None, scale
+    )
+    place = slice(p.text_at, p.text_at + text)
+    assert error(out[:, place], expected[:, place]) < 1e-6
+    assert error(lse[..., place], expected_lse[..., place]) < 1e-6
+    other = slice(p.first, p.first + p.tokens)
+    assert out[:, other].isnan().all() and lse[..., other].isnan().all()  # nothing else was written
+
+
+def test_gradients_of_text_rows_by_dense_attention(monkeypatch):
+    """The backward kernels take its output and log-sum-exp; where it fails, once said, Triton runs."""
+    leaves = small()
+    settings = (3, 4), Disk(2), 2
+    ran = []
+
+    def forward(*args):
+        ran.append(1)
+        if len(ran) > 1:
+            raise RuntimeError("no plan")
+        return original(*args)
+
+    original = text_rows.forward
+    monkeypatch.setattr(text_rows, "forward", forward)
+    monkeypatch.setattr(text_rows, "failed", [])
+    monkeypatch.setattr(text_rows, "takes", lambda *args: True)
+    monkeypatch.setattr(text_rows, "pick_chunks", lambda blocks, keys, processors: text_rows.cut(keys, 2))
+    monkeypatch.setattr(fused, "_plans", {})
+    grads = []
+    for backend in ("triton", "reference", "triton"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = local_attention(*leaves, *settings, backend=backend, return_lse=True)
+        grads.append([*out, *torch.autograd.grad(out[0].square().sum() + out[1].sin().sum(), leaves)])
+    assert len(ran) == 2 and ["no plan" in str(w.message) for w in caught] == [True]
+    for found in (grads[0], grads[2]):
+        torch.testing.assert_close(found, grads[1])
 
 
 def test_kernels_are_deterministic():

@@ -261,7 +261,7 @@ def test_bad_input(name):
 
 HERE = Path(__file__).parent
 # the kernels one by one take minutes in an interpreter: the shortest of each kind here, the others are slow tests
-QUICK = "test_kernels and (window or disk or bias) and not (larger or dilated or line)"
+QUICK = "text_rows or test_kernels and (window or disk or bias) and not (larger or dilated or line)"
 
 
 def interpret(expression: str) -> None:
@@ -282,7 +282,7 @@ def test_interpreted():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", [f"test_kernels and not ({QUICK})", "not test_kernels"], ids=["kernels", "rest"])
+@pytest.mark.parametrize("part", [f"test_kernels and not ({QUICK})", "not test_kernels and not text_rows"], ids=["kernels", "rest"])
 def test_interpreted_others(part):
     interpret(part)
 

@@ -44,7 +44,7 @@ def attend(
 
 
 def _has_fused(q, k, v) -> bool:
-    """Whether PyTorch's flash attention takes the call; it has no gradient of its log-sum-exp."""
+    """Whether PyTorch's fused attention takes the call; it has no gradient of its log-sum-exp."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
     if q.device.type == "cpu":
@@ -55,9 +55,38 @@ def _has_fused(q, k, v) -> bool:
 
 
 def _fused(q, k, v, scale):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.is_cuda:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
-    else:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    out, lse = with_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
     return out.transpose(1, 2), lse
+
+
+def cudnn_reason(q, k, v) -> str | None:
+    """Why cuDNN's attention does not take q, k, v (B, H, N, D) on CUDA, or None.
+
+    PyTorch's own answer, so that what a user has switched off (``torch.backends.cuda.enable_cudnn_sdp``,
+    ``torch.use_deterministic_algorithms``) stays off; and Hopper only, where it was measured.
+    """
+    if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "cuDNN's attention was measured on compute capability 9.0 only"
+    for x in (q, k, v):
+        steps = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s <= 0 or s * x.element_size() % 16 for s in steps):
+            return "cuDNN's attention needs addresses and strides that are multiples of 16 bytes"
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
+    if not torch.backends.cuda.can_use_cudnn_attention(params):
+        return "PyTorch's cuDNN attention is switched off, or does not take these tensors"
+    return None
+
+
+def with_lse(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's fused attention of q (B, H, Nq, D) to k, v (B, H, Nk, D): output and log-sum-exp (B, H, Nq).
+
+    The public function returns no log-sum-exp, so its operators are called. cuDNN's on Hopper, else flash attention.
+    """
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    elif cudnn_reason(q, k, v) is None:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return out, lse.reshape(out.shape[:3])

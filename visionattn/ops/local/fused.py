@@ -9,6 +9,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import kernels, kernels_backward, tables
+from . import text as text_rows
 from .patterns import Cross, Disk, Grid, Pattern, radius_squared
 from .tiles import Tiles, pad_dim, pick_tiles
 
@@ -151,6 +152,10 @@ class Plan:
             from . import gluon
 
             self.gluon = gluon.choose(q, k, v, ek, bias, lengths, grid, pattern, text, forward_choice)
+        # how cuDNN computes the text rows, None where Triton's kernel does
+        self.text_chunks = None
+        if tiles is None:
+            self.text_chunks = text_rows.choose(q, k, v, lengths, text, _capability(q.device), text_rows.choice)
         self._launches: dict = {}
 
     # Constants and numbers that several kernels share
@@ -236,7 +241,8 @@ def plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale,
     key = (
         _signature(q), _signature(k), _signature(v), _signature(ek), _signature(ev), _signature(bias),
         _signature(lengths), q.device, grid, pattern, text, text_first, scale, tiles,
-        torch.backends.cuda.matmul.allow_tf32, forward_choice,
+        torch.backends.cuda.matmul.allow_tf32, forward_choice, text_rows.choice,
+        torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
@@ -311,6 +317,8 @@ def _gluon_forward(p: Plan, q, k, v, out, lse) -> bool:
 
 def text_forward(p: Plan, q, k, v, lengths, out, lse) -> None:
     """The rows of text queries, which see all text and the whole grid."""
+    if text_rows.try_forward(p, q, k, v, out, lse):
+        return
     t = p.tiles.dense
     tiles = triton.cdiv(p.text, t.queries)
     chunks, chunk = p.chunks(tiles * p.heads * p.batch, p.N, t.keys)
