@@ -282,7 +282,9 @@ def test_interpreted():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", [f"test_kernels and not ({QUICK})", "not test_kernels and not text_rows"], ids=["kernels", "rest"])
+@pytest.mark.parametrize(
+    "part", [f"test_kernels and not ({QUICK})", "not test_kernels and not text_rows"], ids=["kernels", "rest"]
+)
 def test_interpreted_others(part):
     interpret(part)
 
