@@ -222,6 +222,13 @@ class Plan:
         chunk = triton.cdiv(triton.cdiv(length, wanted), block) * block
         return triton.cdiv(length, chunk), chunk
 
+    def kernels(self) -> tuple[str, ...]:
+        """What computes the rows of grid queries, and of text queries."""
+        grid = "Triton's kernel" if self.gluon is None else "Gluon's kernel"
+        text = "Triton's kernel" if self.text_chunks is None else str(self.text_chunks)
+        lines = (f"rows of grid queries: {grid}", f"rows of text queries: {text}")
+        return lines if self.text else lines[:1]
+
 
 def _capability(device) -> int:
     if device.type != "cuda":
@@ -250,6 +257,13 @@ def plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale,
             _plans.clear()
         found = _plans[key] = Plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale, tiles)
     return found
+
+
+def plan_of(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale) -> Plan:
+    """The plan of a call, whatever its strides."""
+    q, k, v, ek, ev = (_inner(t) for t in (q, k, v, ek, ev))
+    bias = None if bias is None else bias.contiguous()
+    return plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale)
 
 
 def _inner(t):

@@ -11,21 +11,16 @@ from . import flex, natten, sdpa
 from .call import LARGEST_BIAS_WINDOW, Call, make_call
 from .counts import count
 from .patterns import Disk, Neighborhood, Pattern, decode, encode
+from .rates import OTHERS, kernel_of, text_rows_of
 
 BACKENDS = ("triton", "natten", "flex", "sdpa", "reference")
-
-# TFLOP/s that a backend executes on an H100 or H200 in bfloat16, for choosing only; docs/local.md says how to measure.
-RATES = {"full": 440.0, "masked": 360.0, "flex": 290.0, "dense": 600.0, "masked sdpa": 100.0, "natten": 430.0}
-
-
-# Milliseconds that a layer takes besides: small kernels, half-empty last waves. With text rows, and without.
-OVERHEAD_MS = (0.2, 0.05)
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What would run: ``str()`` it. ``predicted_ms`` is a model of one H100, good for comparing only.
 
+    ``kernels``: for the backend ``'triton'`` on a GPU, what computes the rows of grid queries and of text queries.
     ``worthwhile``: whether the chosen backend is predicted to beat dense attention without any mask, which computes
     something else. Where it isn't, a caller who may choose (a diffusion pipeline) should stay dense.
     """
@@ -39,10 +34,12 @@ class Explanation:
     masked_share: float
     predicted_ms: dict[str, float]
     worthwhile: bool
+    kernels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
             f"runs {self.backend}: {self.why}",
+            *(f"  {kernel}" for kernel in self.kernels),
             f"pairs {self.pairs:,} of {self.dense_pairs:,} ({self.pairs / self.dense_pairs:.1%}); tiles execute "
             f"{self.executed_pairs:,}, {self.masked_share:.0%} of them under a mask",
             "predicted (H100, bfloat16, forward): "
@@ -175,20 +172,24 @@ def reasons(call: Call, return_lse: bool) -> dict[str, str | None]:
     }
 
 
-def predict(call: Call, tile: tuple | None = None) -> tuple[dict[str, float], dict]:
-    """Milliseconds of each backend by the model, and the counts behind them."""
-    counts = count(call.pattern, call.grid, call.text, call.extra, *(tile or ((1, 8, 16), (1, 8, 8))))
-    flop = 4 * call.q.shape[3] * call.q.shape[2] * call.q.shape[0]
-    rate = {name: flop / (tflops * 1e9) for name, tflops in RATES.items()}
-    full = counts["executed"] - counts["masked"]
-    plain = sdpa.is_plain(call)
+def predict(call: Call, device: str | None = None) -> tuple[dict[str, float], dict]:
+    """Milliseconds of each backend by the model, and the counts behind them. `device`: the GPU, where the tensors are
+    on none."""
+    kernel = kernel_of(call, device)
+    counts = count(call.pattern, call.grid, call.text, call.extra, *kernel.tiles)
+    flop = 4 * call.q.shape[3] * call.q.shape[2] * call.q.shape[0] * 1e-9  # of a pair; TFLOP/s are GFLOP per ms
+    grid, text = counts["executed"] - counts["text_rows"], counts["text_rows"]
+    natten = OTHERS["natten, masked" if counts["masked"] else "natten"]
+    dense = OTHERS["dense" if sdpa.is_plain(call) else "masked sdpa"]
     predicted = {
-        "triton": full * rate["full"] + counts["masked"] * rate["masked"] + OVERHEAD_MS[call.text == 0],
-        "natten": (counts["executed"] - counts["text_rows"]) * rate["natten"] + counts["text_rows"] * rate["dense"],
-        "flex": counts["raster"] * rate["flex"],
-        "sdpa": counts["dense"] * rate["dense" if plain else "masked sdpa"],
-        "dense, unmasked": counts["dense"] * rate["dense"],
+        "triton": kernel.ms(flop * grid, flop * counts["masked"]),
+        "natten": flop * grid / natten + flop * text / OTHERS["dense"],
+        "flex": flop * counts["raster"] / OTHERS["flex"],
+        "sdpa": flop * counts["dense"] / dense,
+        "dense, unmasked": flop * counts["dense"] / OTHERS["dense"],
     }
+    if text:
+        predicted["triton"] += text_rows_of(call, device).ms(flop * text)
     return predicted, counts
 
 
@@ -225,7 +226,15 @@ def explain_call(call: Call, backend: str, return_lse: bool) -> Explanation:
         counts["masked"] / max(counts["executed"], 1),
         {k: v for k, v in predicted.items() if k == "dense, unmasked" or found.get(k) is None},
         predicted.get(name, float("inf")) < predicted["dense, unmasked"],
+        _kernels(call) if name == "triton" and call.q.is_cuda else (),
     )
+
+
+def _kernels(call: Call) -> tuple[str, ...]:
+    from .fused import plan_of
+
+    tensors = (call.q, call.k, call.v, call.extra_k, call.extra_v, call.bias, call.text_lengths)
+    return plan_of(*tensors, *call.grad_settings()).kernels()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -263,7 +272,7 @@ def worthwhile(
     key = (name, dtype, dim, heads, heads, tuple(code), len(grid), text > 0, pooled, None, False, False)
     if static_reason(*key) is not None:
         return False
-    return is_predicted_faster(call)
+    return is_predicted_faster(call, name)
 
 
 def replace_pooling(pattern: Pattern) -> Pattern:
@@ -271,6 +280,6 @@ def replace_pooling(pattern: Pattern) -> Pattern:
     return replace(pattern, downsample=None) if isinstance(pattern, Disk) else pattern
 
 
-def is_predicted_faster(call: Call) -> bool:
-    predicted, _ = predict(call)
+def is_predicted_faster(call: Call, device: str | None = None) -> bool:
+    predicted, _ = predict(call, device)
     return predicted["triton"] < predicted["dense, unmasked"]
