@@ -11,6 +11,7 @@ from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import nn
 
 from visionattn.ops.aggregated import aggregated_attention
+from visionattn.ops.conv_glu import conv_glu, takes_kernel
 from visionattn.ops.moh import moh_attention
 
 from .moh import HeadRouter
@@ -315,6 +316,7 @@ class DepthwiseConv(nn.Module):
         return self.dwconv(x).flatten(2).transpose(1, 2)
 
 
+@register_notrace_module
 class ConvGLU(nn.Module):
     """Convolutional gated linear unit (paper, section 3.4): ``fc2(GELU(dwconv(a)) * v)``, (a, v) = fc1(x).
 
@@ -337,8 +339,20 @@ class ConvGLU(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        a, v = self.fc1(x).chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(self.act(self.dwconv(a, grid)) * v)))
+        h = self.fc1(x)
+        if torch.jit.is_scripting() or not self._takes_kernel(h):
+            a, v = h.chunk(2, dim=-1)
+            h = self.act(self.dwconv(a, grid)) * v
+        else:
+            conv = self.dwconv.dwconv
+            h = conv_glu(h, conv.weight, conv.bias, grid, "triton")
+        return self.drop(self.fc2(self.drop(h)))
+
+    @torch.jit.unused
+    def _takes_kernel(self, h: torch.Tensor) -> bool:
+        conv = self.dwconv.dwconv
+        plain = type(conv) is nn.Conv2d and type(self.act) is nn.GELU and self.act.approximate == "none"
+        return plain and not conv._forward_hooks and not conv._forward_pre_hooks and takes_kernel(h)
 
 
 class OverlapPatchEmbed(nn.Module):
