@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
@@ -38,6 +39,8 @@ def _compile(kernel, args, named, capability):
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + _NAMES[value.dtype]
             attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_NAMES[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -13,6 +13,8 @@ from visionattn.ops.moh.reference import moh_attention_reference
 
 # B, N, M, heads, D, share of tokens that choose a head, tiles, dtype
 SMALL = fused.Tiles(16, 16, 4, 1)
+HALVES = fused.Tiles(32, 16, 4, 1)
+TMA = fused.Tiles(32, 16, 4, 1, tma=True)
 CASES = {
     "tiles that do not fit": (2, 37, 37, 3, 16, 0.5, SMALL, torch.float32),
     "keys that fit": (1, 40, 32, 2, 32, 0.7, SMALL, torch.float32),
@@ -21,6 +23,10 @@ CASES = {
     "12 channels": (1, 33, 17, 2, 12, 0.5, SMALL, torch.float32),
     "more tokens than a chunk": (1, 1100, 16, 1, 16, 0.02, SMALL, torch.float32),
     "all and none": (1, 24, 24, 3, 16, None, SMALL, torch.float32),
+    "half tiles": (2, 37, 37, 9, 16, 0.3, HALVES, torch.float32),
+    "half tiles, all and none": (1, 48, 24, 3, 16, None, HALVES, torch.float32),
+    "descriptors": (2, 37, 37, 3, 16, 0.6, TMA, torch.float32),
+    "descriptors, 24 channels": (1, 40, 21, 2, 24, 0.5, TMA, torch.float16),
     "half precision": (1, 40, 40, 2, 16, 0.5, SMALL, torch.float16),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
@@ -37,8 +43,9 @@ def uninitialised_is_nan():
 
 def inside_nan(x: torch.Tensor) -> torch.Tensor:
     """x as a view of a larger tensor of NaN: what a kernel reads beside it shows."""
-    big = torch.full([n + 4 for n in x.shape], float("nan"), dtype=x.dtype)
-    view = big[tuple(slice(2, 2 + n) for n in x.shape)]
+    before = [2] * (x.dim() - 1) + [8]  # descriptors want addresses and strides of 16 bytes
+    big = torch.full([n + 2 * m for n, m in zip(x.shape, before, strict=True)], float("nan"), dtype=x.dtype)
+    view = big[tuple(slice(m, m + n) for n, m in zip(x.shape, before, strict=True))]
     return view.copy_(x)
 
 
@@ -58,6 +65,7 @@ def problem(case):
 def test_kernels(case):
     q, k, v, gates, scale, tiles = problem(case)
     expected = moh_attention_reference(q.double(), k.double(), v.double(), gates.double(), scale)
+    assert not tiles.tma or fused.suits_descriptor(inside_nan(k))
     got = fused.forward(inside_nan(q), inside_nan(k), inside_nan(v), inside_nan(gates), scale, tiles)
     assert ((got.double() - expected).norm() / expected.norm()).item() < TOLERANCE[q.dtype]
     assert (got[gates == 0] == 0).all()

@@ -10,7 +10,7 @@ import triton
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
 
-from tests.ops.cross_compile import SHARED_KIB, Recorder
+from tests.ops.cross_compile import SHARED_KIB, Recorder, usage
 from visionattn.ops import aggregated, moh
 from visionattn.ops.aggregated import fused as aggregated_fused
 from visionattn.ops.moh import fused as moh_fused
@@ -25,10 +25,10 @@ def record(monkeypatch, module, names) -> list[Recorder]:
     return recorders
 
 
-def moh_launches(monkeypatch, dim, dtype, N=1024):
-    recorders = record(monkeypatch, moh_fused.kernels, ["choosers", "moh_forward"])
+def moh_launches(monkeypatch, dim, dtype, capability, N=1024):
+    recorders = record(monkeypatch, moh_fused.kernels, ["partition", "moh_forward"])
     qkv = torch.empty(2, N, 3, 4, dim, dtype=dtype)
-    moh_fused.forward(*qkv.unbind(2), torch.ones(2, N, 4), dim**-0.5)
+    moh_fused.forward(*qkv.unbind(2), torch.ones(2, N, 4), dim**-0.5, moh_fused.pick_tiles(dim, dtype, capability))
     return recorders
 
 
@@ -45,10 +45,11 @@ def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
     return recorders
 
 
-def check(recorders, capability) -> None:
+def check(recorders, capability, spills=True) -> None:
     for recorder in recorders:
         assert recorder.launches
         for compiled in recorder.compile(capability):
+            assert spills or "STACK:0 " in usage(compiled), usage(compiled)
             assert compiled.asm["ptx"]
             assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
 
@@ -56,12 +57,14 @@ def check(recorders, capability) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_moh(capability, monkeypatch):
     assert moh.can_run_triton is not None
-    check(moh_launches(monkeypatch, 64, torch.bfloat16), capability)
+    recorders = moh_launches(monkeypatch, 64, torch.bfloat16, capability)
+    check(recorders, capability, spills=False)
+    assert recorders[1].launches[0][1]["TMA"] == (capability >= 90)
 
 
 @pytest.mark.parametrize("dim, dtype", [(72, "bf16"), (256, "fp32"), (16, "fp32")])
 def test_moh_in_the_least_shared_memory(dim, dtype, monkeypatch):
-    check(moh_launches(monkeypatch, dim, DTYPES[dtype], N=1000), 89)
+    check(moh_launches(monkeypatch, dim, DTYPES[dtype], 89, N=1000), 89)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -6,18 +6,25 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import kernels
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys of a tile, warps, pipeline stages."""
+    """Queries and keys of a tile, warps, pipeline stages.
+
+    halves: the last tile of a head's queries is cut to half where that holds them. tma: keys and values are read
+    through descriptors, where their strides allow it.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    halves: bool = True
+    tma: bool = False
 
 
 def split_channels(dim: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
@@ -36,28 +43,64 @@ def split_channels(dim: int, dtype: torch.dtype = torch.float32) -> tuple[int, i
     return (first, rest) if first + rest < whole else (whole, 0)
 
 
-def pick_tiles(dim: int, dtype: torch.dtype) -> Tiles:
+def pick_tiles(dim: int, dtype: torch.dtype, capability: int = 80) -> Tiles:
     row = sum(split_channels(dim, dtype)) * dtype.itemsize  # bytes
+    tma = capability >= 90 and dtype.itemsize == 2
     if row <= 160:
-        return Tiles(128, 64, 4, 3)
+        return Tiles(128, 64, 4 if tma else 8, 3, tma=tma)  # with 4 warps, mma (not wgmma) spills
     if row <= 256:
-        return Tiles(128, 64, 8, 2)
+        return Tiles(128, 64, 8, 2, halves=False, tma=tma)
     if row <= 512:
-        return Tiles(64, 32, 4, 2)
-    return Tiles(32, 16, 4, 1)
+        return Tiles(64, 32, 4, 2, halves=False)
+    return Tiles(32, 16, 4, 1, halves=False)
 
 
-def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None) -> torch.Tensor:
-    """(B, N, H, D); a head of a token with gate 0 is 0, and costs its share of one memset."""
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def suits_descriptor(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: an aligned address, and strides that are multiples of 16 bytes."""
+    used = [s * x.element_size() for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    return x.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in used)
+
+
+def describe(x: torch.Tensor, keys: int, channels: int) -> TensorDescriptor:
+    """Tiles of `keys` tokens and `channels` channels of one head of x (B, M, H, D)."""
+    # the stride of an axis of one entry says nothing, but has to be a multiple of 16 bytes
+    strides = [s if n > 1 else 4096 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, keys, 1, channels])
+
+
+def list_tokens(gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, heads, N) int32: a head's tokens, those that chose it first; and their number, (B, heads) int32."""
+    B, N, heads = gates.shape
+    order = torch.empty((B, heads, N), dtype=torch.int32, device=gates.device)
+    count = torch.empty((B, heads), dtype=torch.int32, device=gates.device)
+    together = min(4, triton.next_power_of_2(heads))
+    groups = triton.cdiv(heads, together)
+    chunk = min(1024, triton.next_power_of_2(N))
+    with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
+        kernels.partition[(B * groups,)](
+            gates, order, count, *gates.stride(), N, heads, groups, CHUNK=chunk, HEADS=together,
+            num_warps=8 if chunk > 256 else 4,
+        )  # fmt: skip
+    return order, count
+
+
+def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None, listed=None) -> torch.Tensor:
+    """(B, N, H, D); a head of a token with gate 0 is 0. `listed`: what :func:`list_tokens` returned for the gates."""
     B, N, heads, dim = q.shape
     M = k.shape[1]
-    tiles = tiles or pick_tiles(dim, q.dtype)
-    out = q.new_zeros((B, N, heads, dim))
-    if out.numel() == 0 or M == 0:
-        return out
+    tiles = tiles or pick_tiles(dim, q.dtype, _capability(q.device))
+    if q.numel() == 0 or M == 0:
+        return q.new_zeros((B, N, heads, dim))
+    out = torch.empty((B, N, heads, dim), dtype=q.dtype, device=q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    order = torch.empty((B, heads, N), dtype=torch.int32, device=q.device)
-    count = torch.empty((B, heads), dtype=torch.int32, device=q.device)
+    order, count = listed or list_tokens(gates)
     first, rest = split_channels(dim, q.dtype)
     precision = "ieee"
     if q.dtype == torch.float32:
@@ -66,16 +109,15 @@ def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None) -> torch.T
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     unit = math.gcd(16 // q.element_size(), *strides)  # a load takes at most 16 bytes
     strides = [s // unit for s in strides]
+    tma = tiles.tma and rest == 0 and suits_descriptor(k) and suits_descriptor(v)
+    keys, values = (describe(x, tiles.keys, first) for x in (k, v)) if tma else (k, v)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        kernels.choosers[(B * heads,)](
-            gates, order, count, *gates.stride(), N, heads, CHUNK=min(1024, triton.next_power_of_2(N)), num_warps=4
-        )
         kernels.moh_forward[(B * heads * per_head,)](
-            q, k, v, gates, out, order, count,
+            q, keys, values, gates, out, order, count,
             *strides[:9], *gates.stride(), *strides[9:],
             N, M, heads, per_head, scale * math.log2(math.e),
-            D=dim, D1=first, D2=rest, BM=tiles.queries, BN=tiles.keys, PREC=precision, UNIT=unit,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            D=dim, D1=first, D2=rest, BM=tiles.queries, BN=tiles.keys, PREC=precision, UNIT=unit, TMA=tma,
+            HALVES=tiles.halves and tiles.queries > 16, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out
 
