@@ -1,7 +1,11 @@
-"""``python -m visionattn.training.graph --config configs/graph/pattern.yaml [key=value ..] [--max-seconds N]``."""
+"""``python -m visionattn.training.graph --config configs/graph/pattern.yaml [key=value ..] [--max-seconds N]``.
+
+``--run "key=value .."``, given several times, trains several runs at once, on one GPU in hardly more time than one.
+"""
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,17 +17,27 @@ from visionattn._files import atomic_write
 
 from ..config import UserError
 from .data import SPLITS, load_folder, load_or_generate, statistics
-from .engine import GraphTrainer, load_config, save
+from .engine import GraphTrainer, TrainConfig, load_config, save
+from .together import train_together
+
+ENOUGH_FOR_PROCESSES = 2000  # graphs; for fewer, starting processes takes longer than the work
+SECONDS_BETWEEN_SAVES = 60.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs, or goes on with, the run of a configuration; 0 where all went well, 2 for an error of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m visionattn.training.graph", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m visionattn.training.graph", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a YAML file, see configs/graph")
     parser.add_argument(
         "--max-seconds", type=float, default=0.0, help="stop (and save) after about this time; 0: never"
     )
     parser.add_argument("--restart", action="store_true", help="do not go on from output/checkpoint.pt")
+    parser.add_argument(
+        "--run", action="append", metavar="'key=value ..'",
+        help="a run with these options more; several of them train at once, each into its own folder beside output",
+    )  # fmt: skip
     parser.add_argument("options", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args(argv)
     try:
@@ -33,55 +47,110 @@ def main(argv: list[str] | None = None) -> int:
         return e.status
 
 
+def _replaced(values: dict, options: list[str]) -> dict:
+    values = dict(values)
+    for option in options:
+        key, sep, text = option.partition("=")
+        if not sep:
+            raise UserError(f"{option!r} is not key=value.")
+        part, dot, name = key.partition(".")
+        if dot and isinstance(values.get(part, {}), dict):  # net.lap_pos_enc=false
+            values[part] = {**values.get(part, {}), name: yaml.safe_load(text)}
+        else:
+            values[key] = yaml.safe_load(text)
+    return values
+
+
 def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     path = Path(args.config)
     if not path.is_file():
         raise UserError(f"--config {path}: no such file.")
-    values = yaml.safe_load(path.read_text()) or {}
-    for option in args.options:
-        key, sep, text = option.partition("=")
-        if not sep:
-            raise UserError(f"{option!r} is not key=value.")
-        values[key] = yaml.safe_load(text)
+    values = _replaced(yaml.safe_load(path.read_text()) or {}, args.options)
     if values.get("dataset") == "superpixels":
         from .superpixels import run_superpixels
 
+        if args.run:
+            raise UserError("--run is for pattern and cluster, not for superpixels.")
         return run_superpixels(values, args)
-    cfg = load_config(values)
-    folder = Path(cfg.output)
-    if cfg.data_dir:
-        data = load_folder(cfg.dataset, cfg.data_dir, cfg.net.get("pos_enc_dim", 2))
-    else:
-        data = load_or_generate(cfg.dataset, cfg.data_seed, cfg.cache, cfg.sizes, cfg.net.get("pos_enc_dim"))
-    for split in SPLITS:
-        print(split, " ".join(f"{k}={v:.1f}" for k, v in statistics(data[split]).items()))
-    print(f"data: {time.perf_counter() - begin:.1f} s", flush=True)
-    trainer = GraphTrainer(cfg, data)
+    configs = [load_config(values)]
+    if args.run:
+        configs = [load_config(_replaced(values, text.split())) for text in args.run]
+        for cfg, text in zip(configs, args.run, strict=True):
+            if not any(option.startswith("output=") for option in text.split()):
+                cfg.output += "-" + "-".join(text.split()).replace("/", "_")
+    if len({Path(cfg.output).resolve() for cfg in configs}) < len(configs):
+        raise UserError("two runs have the same output: give each --run options of its own.")
+    loaded: dict[tuple, dict] = {}
+    trainers = [_trainer(cfg, loaded, args.restart) for cfg in configs]
+    print(f"data and nets: {time.perf_counter() - begin:.1f} s", flush=True)
+    left = max(1.0, args.max_seconds - (time.perf_counter() - begin)) if args.max_seconds else 0.0
+    names = [f"{Path(cfg.output).name}: " if args.run else "" for cfg in configs]
+    saved = [time.perf_counter()] * len(trainers)
+
+    def after_epoch(i: int, line: str) -> None:
+        print(names[i] + line, flush=True)
+        if time.perf_counter() - saved[i] > SECONDS_BETWEEN_SAVES:
+            save(trainers[i], Path(configs[i].output))
+            saved[i] = time.perf_counter()
+
+    try:
+        ended = train_together(trainers, left, after_epoch)
+    finally:
+        for trainer in trainers:
+            save(trainer, Path(trainer.cfg.output))
+    for trainer, done in zip(trainers, ended, strict=True):
+        result = summary(trainer, done)
+        atomic_write(Path(trainer.cfg.output) / "result.json", json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _trainer(cfg: TrainConfig, loaded: dict[tuple, dict], restart: bool) -> GraphTrainer:
+    """A trainer with its graphs, where its checkpoint is; graphs in ``loaded`` serve several."""
+    k, folder = cfg.net.get("pos_enc_dim"), Path(cfg.output)
+    key = (cfg.dataset, cfg.data_dir, cfg.data_seed, str(cfg.sizes), k, cfg.eigenvectors)
+    if key not in loaded:
+        start = time.perf_counter()
+        if cfg.data_dir:
+            loaded[key] = load_folder(cfg.dataset, cfg.data_dir, k or 2, cfg.eigenvectors)
+        else:
+            large = cfg.sizes is None or sum(cfg.sizes) >= ENOUGH_FOR_PROCESSES
+            processes = (os.cpu_count() or 1) if large else 0
+            loaded[key] = load_or_generate(
+                cfg.dataset, cfg.data_seed, cfg.cache, cfg.sizes, k, cfg.eigenvectors, processes
+            )
+        for split in SPLITS:
+            print(split, " ".join(f"{name}={v:.1f}" for name, v in statistics(loaded[key][split]).items()))
+        print(f"graphs: {time.perf_counter() - start:.1f} s", flush=True)
+    trainer = GraphTrainer(cfg, loaded[key])
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.is_file() and not args.restart:
+    if checkpoint.is_file() and not restart:
         trainer.load(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
         print(f"goes on after epoch {trainer.epoch} of {checkpoint}")
     parameters = sum(p.numel() for p in trainer.net.parameters())
     print(
         f"{parameters:,} parameters on {trainer.device}, capture={trainer.capture}, compile={cfg.compile}", flush=True
     )
-    left = max(1.0, args.max_seconds - (time.perf_counter() - begin)) if args.max_seconds else 0.0
-    try:
-        ended = trainer.fit(left, lambda line: print(line, flush=True))
-    finally:
-        save(trainer, folder)
-    test = trainer.evaluate("test")
+    return trainer
+
+
+def summary(trainer: GraphTrainer, ended: bool) -> dict:
+    """What ``result.json`` holds: the last epoch's model, which the recipe reports, and the best one's on val."""
+    cfg, test = trainer.cfg, trainer.evaluate("test")
     result = {
         "dataset": cfg.dataset, "epochs": trainer.epoch, "ended": ended, "lr": trainer.lr, "seed": cfg.seed,
-        "data_seed": cfg.data_seed, "test_accuracy": test["accuracy"], "test_loss": test["loss"],
-        "val_accuracy": trainer.history[-1]["val_accuracy"] if trainer.history else None, "parameters": parameters,
+        "data_seed": cfg.data_seed, "eigenvectors": cfg.eigenvectors, "lap_pos_enc": trainer.net.lap_pos_enc,
+        "test_accuracy": test["accuracy"], "test_loss": test["loss"],
+        "val_accuracy": trainer.history[-1]["val_accuracy"] if trainer.history else None,
+        "parameters": sum(p.numel() for p in trainer.net.parameters()),
         "seconds": round(trainer.seconds, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",
     }  # fmt: skip
-    atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    if trainer.best:
+        result["best_epoch"], result["best_val_accuracy"] = trainer.best["epoch"], trainer.best["val_accuracy"]
+        result["best_test_accuracy"] = trainer.evaluate_best("test")["accuracy"]
+    return result
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ its code, as the graph transformer's paper uses them). They are other draws than
 distributions.
 """
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from visionattn._files import atomic_write
-from visionattn.ops.graph import CSR, Graph, laplacian_eigenvectors
+from visionattn.ops.graph import CSR, Graph, arpack_laplacian_eigenvectors, laplacian_eigenvectors
 
 from ..config import UserError
 
@@ -23,6 +25,7 @@ SIZES = {"pattern": (10000, 2000, 2000), "cluster": (10000, 1000, 1000)}
 CLASSES = {"pattern": 2, "cluster": 6}
 TYPES = {"pattern": 3, "cluster": 7}
 SPLITS = ("train", "val", "test")
+SOLVERS = ("exact", "arpack")
 LOW, HIGH = 5, 35  # community and pattern sizes: LOW <= size < HIGH
 NUM_PATTERNS = 100
 
@@ -167,8 +170,13 @@ def _makers(name: str, seed: int, sizes: tuple[int, int, int]) -> list[list[Call
     ]
 
 
-def pack(graphs: list[tuple], k: int, threads: int = 0) -> GraphSet:
-    """A GraphSet of functions that return (adjacency, feature, label), or of such triples; encodings by eigh."""
+def pack(graphs: list[tuple], k: int, threads: int = 0, eigenvectors: str = "exact") -> GraphSet:
+    """A GraphSet of functions that return (adjacency, feature, label), or of such triples.
+
+    Args:
+        k: eigenvectors.
+        eigenvectors: ``'exact'``, by eigh; ``'arpack'``, :func:`~visionattn.ops.graph.arpack_laplacian_eigenvectors`.
+    """
     threads = threads or (os.cpu_count() or 1)
 
     def one(graph):
@@ -177,7 +185,11 @@ def pack(graphs: list[tuple], k: int, threads: int = 0) -> GraphSet:
         if n > 256:
             raise UserError(f"a graph has {n} nodes: these sets hold graphs of at most 256.")
         node, neighbour = np.nonzero(adjacency)
-        encoding = laplacian_eigenvectors(torch.from_numpy(node), torch.from_numpy(neighbour), n, k)[0].float()
+        edges = (torch.from_numpy(node), torch.from_numpy(neighbour), n, k)
+        if eigenvectors == "exact":
+            encoding = laplacian_eigenvectors(*edges)[0].float()
+        else:
+            encoding = arpack_laplacian_eigenvectors(*edges).float()
         bytes_ = (torch.from_numpy(np.asarray(x, dtype=np.uint8)) for x in (feature, label, neighbour))
         return *bytes_, torch.from_numpy(adjacency.sum(1).astype(np.int16)), encoding
 
@@ -193,8 +205,50 @@ def pack(graphs: list[tuple], k: int, threads: int = 0) -> GraphSet:
     return GraphSet(feature, label, encoding, degree, neighbour, *starts)
 
 
+def _joined(parts: list[GraphSet]) -> GraphSet:
+    """Sets one after the other."""
+    columns = {}
+    for field in (f.name for f in dataclasses.fields(GraphSet)):
+        values = [getattr(part, field) for part in parts]
+        if field.endswith("_start"):
+            last = 0
+            for i, value in enumerate(values):
+                values[i] = value[i > 0 :] + last
+                last += int(value[-1])
+        columns[field] = torch.cat(values)
+    return GraphSet(**columns)
+
+
+def _part(name: str, seed: int, sizes: tuple, k: int, eigenvectors: str, split: int, first: int, last: int) -> dict:
+    """Graphs first .. last of a split, packed, as arrays: what a process of its own makes."""
+    graphs = _makers(name, seed, sizes)[split][first:last]
+    return {key: value.numpy() for key, value in vars(pack(graphs, k, 1, eigenvectors)).items()}
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that start meanwhile compute with one thread: linear algebra libraries read these when they load."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def generate(
-    name: str, seed: int = 41, sizes: tuple[int, int, int] | None = None, k: int | None = None, threads: int = 0
+    name: str,
+    seed: int = 41,
+    sizes: tuple[int, int, int] | None = None,
+    k: int | None = None,
+    threads: int = 0,
+    eigenvectors: str = "exact",
+    processes: int = 0,
 ) -> dict[str, GraphSet]:
     """The three splits of ``'pattern'`` or ``'cluster'``.
 
@@ -204,31 +258,52 @@ def generate(
     Args:
         sizes: graphs of train, val and test; the published numbers by default.
         k: eigenvectors, 2 (PATTERN) or 10 (CLUSTER) by default.
+        eigenvectors: ``'exact'`` or ``'arpack'``, see :func:`pack`.
+        processes: spawned, to share the work; 0 takes threads instead. A script that asks for some has to keep its own
+            work under ``if __name__ == "__main__"``.
     """
     if name not in SIZES:
         raise UserError(f"dataset={name!r} is unknown: use {' or '.join(SIZES)}.")
+    if eigenvectors not in SOLVERS:
+        raise UserError(f"eigenvectors={eigenvectors!r} is unknown: use {' or '.join(SOLVERS)}.")
     k = k or {"pattern": 2, "cluster": 10}[name]
-    makers = _makers(name, seed, tuple(sizes or SIZES[name]))
-    return {split: pack(graphs, k, threads) for split, graphs in zip(SPLITS, makers, strict=True)}
+    sizes = tuple(sizes or SIZES[name])
+    if not processes:
+        makers = _makers(name, seed, sizes)
+        return {split: pack(made, k, threads, eigenvectors) for split, made in zip(SPLITS, makers, strict=True)}
+    step = -(-sum(sizes) // (4 * processes))
+    work = [(i, first, min(first + step, n)) for i, n in enumerate(sizes) for first in range(0, n, step)]
+    with _one_thread_each(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        made = [pool.submit(_part, name, seed, sizes, k, eigenvectors, *place) for place in work]
+        parts = [GraphSet(**{key: torch.from_numpy(value) for key, value in m.result().items()}) for m in made]
+    of = [[part for part, (i, _, _) in zip(parts, work, strict=True) if i == split] for split in range(len(SPLITS))]
+    return {split: _joined(those) for split, those in zip(SPLITS, of, strict=True)}
 
 
 def load_or_generate(
-    name: str, seed: int, folder: str | Path, sizes: tuple[int, int, int] | None = None, k: int | None = None
+    name: str,
+    seed: int,
+    folder: str | Path,
+    sizes: tuple[int, int, int] | None = None,
+    k: int | None = None,
+    eigenvectors: str = "exact",
+    processes: int = 0,
 ) -> dict[str, GraphSet]:
     """:func:`generate`, kept in a file of ``folder``; without a folder nothing is kept."""
     if not folder:
-        return generate(name, seed, sizes, k)
+        return generate(name, seed, sizes, k, eigenvectors=eigenvectors, processes=processes)
     count = "-".join(map(str, sizes or SIZES[name])) if name in SIZES else ""
-    path = Path(folder) / f"{name}-seed{seed}-{count}-k{k or 'default'}.pt"
+    solver = "" if eigenvectors == "exact" else f"-{eigenvectors}"
+    path = Path(folder) / f"{name}-seed{seed}-{count}-k{k or 'default'}{solver}.pt"
     if path.is_file():
         stored = torch.load(path, weights_only=True)
         return {split: GraphSet(**tensors) for split, tensors in stored.items()}
-    data = generate(name, seed, sizes, k)
+    data = generate(name, seed, sizes, k, eigenvectors=eigenvectors, processes=processes)
     atomic_write(path, lambda f: torch.save({split: vars(graphs) for split, graphs in data.items()}, f))
     return data
 
 
-def load_folder(name: str, folder: str | Path, k: int) -> dict[str, GraphSet]:
+def load_folder(name: str, folder: str | Path, k: int, eigenvectors: str = "exact") -> dict[str, GraphSet]:
     """The released graphs as PyTorch Geometric's ``GNNBenchmarkDataset`` stores them: ``PATTERN_train.pt`` and so on.
 
     Each file is a list of dictionaries with ``x`` (types, or one-hot), ``edge_index`` (2, E) and ``y``. The original
@@ -246,7 +321,7 @@ def load_folder(name: str, folder: str | Path, k: int) -> dict[str, GraphSet]:
             )
         try:
             stored = torch.load(path, weights_only=True)
-            data[split] = pack([_from_dict(item) for item in stored], k)
+            data[split] = pack([_from_dict(item) for item in stored], k, eigenvectors=eigenvectors)
         except UserError:
             raise
         except Exception as e:

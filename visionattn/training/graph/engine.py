@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from visionattn._files import atomic_write
 from visionattn.layers.graph_transformer import GraphTransformerLayer, GraphTransformerNet
 
 from ..config import UserError
-from .data import CLASSES, SPLITS, TYPES, Batch, GraphSet, gather_batch
+from .data import CLASSES, SOLVERS, SPLITS, TYPES, Batch, GraphSet, gather_batch
 
 
 @dataclasses.dataclass
@@ -30,6 +31,7 @@ class TrainConfig:
     dataset: str = "pattern"  # pattern, cluster
     data_seed: int = 41  # of the generated graphs
     data_dir: str = ""  # released graphs instead, see docs/graph.md
+    eigenvectors: str = "exact"  # exact, or arpack as the released code takes them
     cache: str = ""  # where generated graphs are kept; "" keeps none
     sizes: list[int] | None = None  # graphs of train, val and test; None: the published numbers
     net: dict = dataclasses.field(default_factory=dict)  # arguments of GraphTransformerNet
@@ -66,6 +68,8 @@ def load_config(values: dict[str, Any]) -> TrainConfig:
     cfg = TrainConfig(**{k: float(v) if isinstance(known[k].default, float) else v for k, v in values.items()})
     if cfg.dataset not in CLASSES:
         raise UserError(f"dataset={cfg.dataset!r} is unknown: use {' or '.join(CLASSES)}.")
+    if cfg.eigenvectors not in SOLVERS:
+        raise UserError(f"eigenvectors={cfg.eigenvectors!r} is unknown: use {' or '.join(SOLVERS)}.")
     if cfg.batch_size < 1 or cfg.epochs < 1 or cfg.lr <= 0 or not 0 < cfg.factor < 1 or cfg.patience < 0:
         raise UserError("batch_size and epochs have to be 1 at least, lr positive, factor between 0 and 1.")
     return cfg
@@ -143,6 +147,7 @@ class GraphTrainer:
             self._stand_in, mode="min", factor=cfg.factor, patience=cfg.patience
         )
         self.epoch, self.history, self.seconds = 0, [], 0.0
+        self.best: dict[str, Any] | None = None  # epoch, val_accuracy and net (on the CPU) of the best one on val
         self.update = GraphTransformerLayer.update
         self.padded_update = torch.compile(self.update, dynamic=False) if cfg.compile else self.update
         self._graphs: dict[str, Any] = {}
@@ -225,6 +230,12 @@ class GraphTrainer:
         self._graphs[split] = (graph.replay, ids, signs, sums)
         return self._graphs[split]
 
+    def prepare(self) -> None:
+        """Captures the steps now rather than when they are first needed: nothing else may use the device meanwhile."""
+        for split in SPLITS if self.capture else ():
+            self.net.train(split == "train")
+            self._captured(split)
+
     def _run(self, split: str, generator: torch.Generator | None) -> dict[str, float]:
         self.net.train(split == "train")
         order = self._order(split, generator)
@@ -263,16 +274,31 @@ class GraphTrainer:
         """Mean loss and accuracy of the batches of a split, unshuffled, at the training batch size."""
         return self._run(split, None)
 
-    def fit(self, max_seconds: float = 0.0, log: Any = print) -> bool:
-        """Trains until the recipe ends, or for about ``max_seconds``; True where the recipe has ended."""
+    def evaluate_best(self, split: str) -> dict[str, float]:
+        """:meth:`evaluate` of the net as it was after the epoch with the highest validation accuracy."""
+        assert self.best is not None, "no epoch was trained"
+        last = {name: value.clone() for name, value in self.net.state_dict().items()}
+        self.net.load_state_dict(self.best["net"])
+        try:
+            return self.evaluate(split)
+        finally:
+            self.net.load_state_dict(last)
+
+    def fit(self, max_seconds: float = 0.0, log: Any = print, stop: threading.Event | None = None) -> bool:
+        """Trains until the recipe ends, or for about ``max_seconds``, or till ``stop``; True where the recipe ended."""
         begin, longest = time.perf_counter(), 0.0
         while not self.finished:
             start = time.perf_counter()
+            if stop is not None and stop.is_set():
+                return False
             if max_seconds and start - begin + longest > max_seconds:
                 return False
             train, val = self.train_epoch(), self.evaluate("val")
             row = {"epoch": self.epoch, "lr": self.lr, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
             row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
+            if self.best is None or val["accuracy"] > self.best["val_accuracy"]:
+                net = {name: value.cpu().clone() for name, value in self.net.state_dict().items()}
+                self.best = {"epoch": self.epoch, "val_accuracy": val["accuracy"], "net": net}
             self.schedule.step(val["loss"])
             self.epoch += 1
             seconds = time.perf_counter() - start
@@ -294,7 +320,7 @@ class GraphTrainer:
         return {
             "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(), "lr": self.lr, "epoch": self.epoch, "history": self.history,
-            "seconds": self.seconds, "config": dataclasses.asdict(self.cfg),
+            "seconds": self.seconds, "best": self.best, "config": dataclasses.asdict(self.cfg),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -306,7 +332,8 @@ class GraphTrainer:
         assert not self._graphs, "load a state before the first epoch"
         mine = dataclasses.asdict(self.cfg)
         free = {"device", "capture", "compile", "output", "cache", "epochs"}
-        other = [key for key in mine if key not in free and state["config"].get(key) != mine[key]]
+        theirs = dataclasses.asdict(TrainConfig()) | state["config"]  # older files lack newer options
+        other = [key for key in mine if key not in free and theirs[key] != mine[key]]
         if other:
             raise UserError(
                 f"the checkpoint's run differs in {', '.join(other)}: choose another output, or its config."
@@ -316,10 +343,11 @@ class GraphTrainer:
         self.schedule.load_state_dict(state["schedule"])
         self._stand_in.param_groups[0]["lr"] = state["lr"]
         self.epoch, self.history, self.seconds = state["epoch"], state["history"], state["seconds"]
+        self.best = state.get("best")
 
 
 def save(trainer: GraphTrainer, folder: Path) -> None:
-    """``checkpoint.pt`` (about 6 MB for the paper's nets) and ``history.json``, each written whole."""
+    """``checkpoint.pt`` (about 8 MB for the paper's nets) and ``history.json``, each written whole."""
     state = trainer.state()
     atomic_write(folder / "checkpoint.pt", lambda f: torch.save(state, f))
     atomic_write(folder / "history.json", json.dumps(trainer.history, indent=0))
