@@ -48,7 +48,8 @@ STEPS = [
     # networks
     Step("moh-networks", 4, "python benchmarks/moh.py --parts vit dit"),
     Step("backbones-train", 4, "python benchmarks/backbones.py --tasks train --rounds 3 --minutes 4"),
-    Step("backbones-compile", 6, "python benchmarks/backbones.py --modes compile cudagraphs --rounds 3 --minutes 6 --workers 8"),
+    Step("backbones-compile", 6, "python benchmarks/backbones.py --modes compile cudagraphs --rounds 3 --minutes 6 "
+         "--workers 8"),
     Step("backbones-curves", 3, "python benchmarks/backbones.py --tasks infer --sizes 224 512 1024 --scale-batch "
          "--minutes 3 --models agent_swin_tiny inline_swin_tiny inline_swin_tiny@global mala_tiny nat_tiny"),
     Step("profile", 1.5, "python benchmarks/profile_model.py moh_vit_small_80 mala_tiny agent_swin_tiny"),

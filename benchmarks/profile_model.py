@@ -88,12 +88,49 @@ def measure(step, steps: int) -> list[tuple[str, float, int]]:
             step()
         if cuda:
             torch.cuda.synchronize()
-    rows = []
-    for event in record.key_averages():
-        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if microseconds > 0:
-            rows.append((event.key, microseconds / 1e3 / steps, round(event.count / steps)))
+    if not cuda:
+        averages = [(event.key, event.self_cpu_time_total, event.count) for event in record.key_averages()]
+    else:  # averages over thousands of launches take the profiler a minute; the kernels themselves are a short list
+        times, counts = Counter(), Counter()
+        for event in record.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                times[event.name] += event.device_time_total
+                counts[event.name] += 1
+        averages = [(name, times[name], counts[name]) for name in times]
+    rows = [(name, micros / 1e3 / steps, round(count / steps)) for name, micros, count in averages if micros > 0]
     return sorted(rows, key=lambda row: -row[1])
+
+
+def tell(run: dict, rows: list[tuple[str, float, int]], milliseconds: float, top: int) -> list[dict]:
+    """Prints a run's classes and its longest kernels, and returns them as rows of the table."""
+    total, launches = sum(ms for _, ms, _ in rows), sum(count for *_, count in rows)
+    times, calls = Counter(), Counter()
+    for kernel, ms, count in rows:
+        times[kind_of(kernel)] += ms
+        calls[kind_of(kernel)] += count
+    print(
+        "\n{model} {task} {mode}, {batch} x {size} px: ".format(**run)
+        + f"{milliseconds:.2f} ms a step, {total:.2f} ms of {launches} kernels, busy {total / milliseconds:.0%}",
+        flush=True,
+    )
+    table = []
+    for label, entries in (
+        ("class", [(kind, ms, calls[kind]) for kind, ms in times.most_common()]),
+        ("kernel", rows[:top]),
+    ):
+        for entry, ms, count in entries:
+            share = round(ms / total, 4)
+            print(f"  {share:6.1%} {ms:9.3f} ms {count:5d} x  {entry[:90]}")
+            table.append(run | dict(kind=label, name=entry, ms_per_step=round(ms, 4), share=share, calls=count))
+    return table
+
+
+def write(path: Path, table: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def main() -> None:
@@ -103,7 +140,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=("eager", "compile"))
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=10, help="longest kernels to list for each run")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/profile.csv"))
     parser.add_argument("--cpu", action="store_true", help="list what the CPU spends its time on as well")
@@ -127,35 +164,12 @@ def main() -> None:
                 step = step_of(model, x, task == "train")
                 milliseconds = wall(step, args.steps)
                 rows = measure(step, args.steps)
-                total, launches = sum(ms for _, ms, _ in rows), sum(count for *_, count in rows)
                 run = dict(model=name, task=task, mode=mode, size=args.size, batch=args.batch, **about)
-                times, calls = Counter(), Counter()
-                for kernel, ms, count in rows:
-                    times[kind_of(kernel)] += ms
-                    calls[kind_of(kernel)] += count
-                print(
-                    f"\n{name} {task} {mode}, {args.batch} x {args.size} px: {milliseconds:.2f} ms a step, "
-                    f"{total:.2f} ms of {launches} kernels, busy {total / milliseconds:.0%}",
-                    flush=True,
-                )
-                for label, entries in (
-                    ("class", [(kind, ms, calls[kind]) for kind, ms in times.most_common()]),
-                    ("kernel", rows[: args.top]),
-                ):
-                    for entry, ms, count in entries:
-                        share = round(ms / total, 4)
-                        print(f"  {share:6.1%} {ms:9.3f} ms {count:5d} x  {entry[:90]}")
-                        table.append(
-                            run | dict(kind=label, name=entry, ms_per_step=round(ms, 4), share=share, calls=count)
-                        )
+                table += tell(run, rows, milliseconds, args.top)
                 if args.cpu:
                     for entry, ms, count in cpu_side(step, args.top):
                         print(f"  CPU    {ms:9.3f} ms {count:5d} x  {entry[:90]}")
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(table)
+                write(args.csv, table)
 
 
 if __name__ == "__main__":

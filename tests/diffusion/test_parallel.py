@@ -73,9 +73,10 @@ def test_two_gpus(kind):
         pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, "examples/flux_multi_gpu.py", "--tiny", kind, "2"], capture_output=True, text=True, cwd=root,
-        timeout=400, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+        timeout=400, env={**os.environ, "PYTHONPATH": path}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert float(re.search(r"one process: (\S+) of", done.stdout)[1]) < 1e-3
