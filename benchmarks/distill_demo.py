@@ -14,11 +14,16 @@ import argparse
 import copy
 import csv
 import dataclasses
+import functools
+import io
 import platform
 import re
 import time
+import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -41,7 +46,7 @@ TEXT_DIM = 32
 HELD_OUT = 1_000_000  # seeds of pictures from here on are not trained on
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Size:
     """How large the demonstration is; ``tokens`` is the side of the grid, half the side of the pictures."""
 
@@ -63,9 +68,11 @@ class Size:
     lr: float = 1e-3
     distil_lr: float = 1e-3
     flow_weight: float = 1.0  # published: 1, 0.5, 0.5. Above 0 a student also leaves a young teacher for the pictures
+    output_weight: float = 0.5
     attention_weight: float = 0.5
     downsample: int | None = None
     warmup: int = 50  # updates of the distillation
+    name: str = ""
 
     @property
     def pixels(self) -> int:
@@ -211,7 +218,9 @@ def train_teacher(
     torch.manual_seed(1)
     model = new_transformer(size).to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=size.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=device.type == "cuda"
+    )
     parts = {"model": model, "average": average, "optimizer": optimizer}
     file, step, spent = work / "teacher.pt", 0, 0.0
     if file.is_file():
@@ -247,8 +256,7 @@ def train_teacher(
         optimizer.step()
         share = max(1 / (step + 1), 10 / max(step + 1, 500))  # of the last tenth of the steps, roughly
         with torch.no_grad():
-            for mean, p in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(p, share)
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
         step += 1
         losses.append(loss.detach())
         if step % 100 == 0 or done >= 1:
@@ -268,11 +276,11 @@ def distil(size: Size, work: Path, device: torch.device, until: float) -> Path:
         return make(dict(
             model=str(work / "model"), cache=str(work / "cache"), output=str(run), radius=size.radius,
             downsample=size.downsample, batch_size=size.distil_batch, steps=steps, lr=size.distil_lr,
-            flow_weight=size.flow_weight, attention_weight=size.attention_weight,
+            flow_weight=size.flow_weight, output_weight=size.output_weight, attention_weight=size.attention_weight,
             warmup_steps=min(size.warmup, steps), decay_steps=steps // 2, device=str(device),
             gradient_checkpointing=False, dtype="bfloat16" if device.type == "cuda" else "float32",
             log_interval=max(1, steps // 40), save_interval=max(1, steps // 4),
-            sample_interval=max(1, steps // 2), samples=5, sample_steps=size.sample_steps,
+            sample_interval=max(1, steps // 5), samples=5, sample_steps=size.sample_steps,
         ))  # fmt: skip
 
     if not plan.is_file():  # as many updates as there is time for
@@ -294,7 +302,8 @@ def distil(size: Size, work: Path, device: torch.device, until: float) -> Path:
     distiller = Distiller(cfg)
     if (run / "state.pt").is_file():
         distiller.load(run / "state.pt")
-    distiller.fit(run, lambda line: print(line, flush=True), Sampler(cfg, distiller.cache, device, run))
+    watch = Watch(Sampler(cfg, distiller.cache, device, run), size, device)
+    distiller.fit(run, lambda line: print(line, flush=True), watch)
     return run / file_name(cfg)
 
 
@@ -318,20 +327,22 @@ def features(net: torch.nn.Module, images: torch.Tensor, device: torch.device) -
     return torch.cat([net.forward_head(net.forward_features(p.to(device)), pre_logits=True).cpu() for p in parts])
 
 
+@functools.cache
+def held_out(size: Size, device: torch.device) -> list[tuple[dict, torch.Tensor]]:
+    """Noised pictures that nothing was trained on, with fixed noise and times, as batches of (arguments, target)."""
+    flow = Flow(types.SimpleNamespace(guidance_embeds=False), 1.0, 0.0, 0.0, 2, device, torch.float32)
+    images, labels = pictures(HELD_OUT, size.evaluated, size.pixels)
+    batches = []
+    for places in torch.arange(size.evaluated).split(size.teacher_batch):
+        samples = [{"mean": images[i], "std": None, **prompt(labels[i].item(), size.text)} for i in places.tolist()]
+        batches.append(flow.batch(samples, places.tolist()))
+    return batches
+
+
 @torch.no_grad()
-def predictions(model: torch.nn.Module, size: Size, device: torch.device) -> tuple[torch.Tensor, float]:
-    """The model's outputs on held-out noised pictures, and its flow-matching loss there."""
-    flow = Flow(model.config, 1.0, 0.0, 0.0, 2, device, torch.float32)
-    outputs, losses = [], []
-    for first in range(0, size.evaluated, size.teacher_batch):
-        samples = []
-        for i in range(first, min(first + size.teacher_batch, size.evaluated)):
-            image, label = pictures(HELD_OUT + i, 1, size.pixels)
-            samples.append({"mean": image[0], "std": None, **prompt(label.item(), size.text)})
-        call, target = flow.batch(samples, list(range(first, first + len(samples))))
-        outputs.append(model(**call, return_dict=False)[0].float())
-        losses.append(F.mse_loss(outputs[-1], target, reduction="none").mean((1, 2)))
-    return torch.cat(outputs).cpu(), torch.cat(losses).mean().item()
+def predictions(model: torch.nn.Module, size: Size, device: torch.device, batches: int | None = None) -> torch.Tensor:
+    """The model's outputs on the first batches of the held-out pictures, in float32."""
+    return torch.cat([model(**call, return_dict=False)[0].float() for call, _ in held_out(size, device)[:batches]])
 
 
 def sample(model: torch.nn.Module, size: Size, device: torch.device) -> torch.Tensor:
@@ -352,38 +363,102 @@ def sample(model: torch.nn.Module, size: Size, device: torch.device) -> torch.Te
     return torch.cat(images).clamp(-1, 1)
 
 
-def table(size: Size, work: Path, file: Path, net: torch.nn.Module, device: torch.device) -> list[dict]:
-    """One row a model; the gap is what the untrained disk opens, and "recovered" the share that training closes."""
-    model = diffusers.FluxTransformer2DModel.from_pretrained(work / "model" / "transformer").to(device).eval()
-    real = features(net, pictures(2 * HELD_OUT, size.generated, size.pixels)[0], device)
-    rows, sheets, teacher, dense = [], [], None, None
-    pattern = Disk(size.radius, size.downsample)
-    name = f"disk {size.radius}" + (f" and pooled {size.downsample} x {size.downsample}" if size.downsample else "")
-    for label, patch in (
-        ("dense teacher", None),
-        (f"{name}, not trained", lambda: sparsify(model, pattern)),
-        (f"{name}, distilled", lambda: load_clear(model, file)),
-    ):
+class Watch:
+    """Sample pictures of the run, and how much of the loss to the teacher is recovered on some held-out pictures."""
+
+    def __init__(self, sampler: Sampler, size: Size, device: torch.device):
+        self.sampler, self.size, self.device = sampler, size, device
+        self.before: float | None = None
+
+    def __call__(self, distiller: Distiller) -> None:
+        self.sampler(distiller)
+        with distiller.autocast():
+            teacher, student = (
+                predictions(m, self.size, self.device, 4) for m in (distiller.pair.teacher, distiller.pair.student)
+            )
+        loss = F.mse_loss(student, teacher).item()
+        self.before = loss if distiller.step == 0 else self.before  # none in a run that is gone on with
+        share = "" if self.before is None else f", recovered {100 * (1 - loss / self.before):.1f} %"
+        print(f"update {distiller.step}: held-out loss to the teacher {loss:.5f}{share}", flush=True)
+
+
+class Table:
+    """One row a model; the gap is what the untrained disk opens, and "recovered" the share that training closes.
+
+    Written after each row, with the pictures: the first two need no distilled student.
+    """
+
+    KEYS = ("loss_to_teacher", "flow_loss", "frechet_to_teacher", "frechet_to_pictures")
+
+    def __init__(self, size: Size, work: Path, out: Path, net: torch.nn.Module, device: torch.device):
+        self.size, self.net, self.device = size, net, device
+        transformer = work / "model" / "transformer"
+        self.model = diffusers.FluxTransformer2DModel.from_pretrained(transformer).to(device).eval()
+        self.real = features(net, pictures(2 * HELD_OUT, size.generated, size.pixels)[0], device)
+        self.rows: list[dict] = []
+        self.sheets: list[torch.Tensor] = []
+        label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        version = torch.__version__.partition("+")[0]
+        slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+        self.stem = out / f"distill_demo-{size.name}-{slug}-torch{version}"
+        self.about = {**dataclasses.asdict(size), "classifier": CLASSIFIER, "device": label,
+                      "machine": platform.machine(), "torch": version, "diffusers": diffusers.__version__}  # fmt: skip
+        pattern = Disk(size.radius, size.downsample)
+        pooled = f" and pooled {size.downsample} x {size.downsample}" if size.downsample else ""
+        self.add("dense teacher", None)
+        self.add(f"disk {size.radius}{pooled}, not trained", lambda: sparsify(self.model, pattern))
+
+    def finish(self, file: Path) -> None:
+        """The last row, of the distilled weights in ``file``."""
+        name = self.rows[1]["model"].replace("not trained", "distilled")
+        self.add(name, lambda: load_clear(self.model, file))
+
+    def add(self, label: str, patch: Callable[[], Any] | None) -> None:
+        size, device = self.size, self.device
         begin, handle = time.monotonic(), patch() if patch else None
-        found, loss = predictions(model, size, device)
-        images = sample(model, size, device)
-        own = features(net, images, device)
+        found = predictions(self.model, size, device)
+        target = torch.cat([t for _, t in held_out(size, device)])
+        images = sample(self.model, size, device)
+        own = features(self.net, images, device)
         if handle:
             assert all(r["sparse"] and not r["dense"] for r in handle.report().rows)
             handle.remove()
-        teacher, dense = (found, own) if teacher is None else (teacher, dense)
-        rows.append({
-            "model": label, "loss_to_teacher": F.mse_loss(found, teacher).item(), "flow_loss": loss,
-            "frechet_to_teacher": frechet(own, dense), "frechet_to_pictures": frechet(own, real),
-        })  # fmt: skip
-        sheets.append(images[:10] / 2 + 0.5)
-        print(f"{label}: {rows[-1]}  {time.monotonic() - begin:.0f} s", flush=True)
-    for key in ("loss_to_teacher", "flow_loss", "frechet_to_teacher", "frechet_to_pictures"):
-        low, high = rows[0][key], rows[1][key]
-        for row in rows:
-            row[f"recovered_{key}"] = (high - row[key]) / (high - low)
-    write_grid(work / "pictures.png", torch.stack(sheets).clamp(0, 1))
-    return rows
+        if not self.rows:
+            self.teacher, self.dense = found, own
+        row = {
+            "model": label, "loss_to_teacher": F.mse_loss(found, self.teacher).item(),
+            "flow_loss": F.mse_loss(found, target).item(), "frechet_to_teacher": frechet(own, self.dense),
+            "frechet_to_pictures": frechet(own, self.real),
+        }  # fmt: skip
+        self.rows.append(row)
+        self.sheets.append(images[:10] / 2 + 0.5)
+        print(f"{label}: {row}  {time.monotonic() - begin:.0f} s", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        if len(self.rows) > 1:
+            for key in self.KEYS:
+                low, high = self.rows[0][key], self.rows[1][key]
+                for row in self.rows:
+                    row[f"recovered_{key}"] = (high - row[key]) / (high - low)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*self.rows[-1], *self.about], lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            numbers = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**row, **self.about}.items()}
+            writer.writerow(numbers)
+        atomic_write(Path(f"{self.stem}.csv"), text.getvalue())
+        write_grid(Path(f"{self.stem}.png"), torch.stack(self.sheets).clamp(0, 1))
+
+    def show(self) -> None:
+        print(
+            "| | loss to the teacher | recovered | Frechet distance to the teacher's | recovered | to made pictures |"
+        )
+        print("|---|---|---|---|---|---|")
+        for r in self.rows:
+            print(f"| {r['model']} | {r['loss_to_teacher']:.5f} | {100 * r['recovered_loss_to_teacher']:.1f} % | "
+                  f"{r['frechet_to_teacher']:.3f} | {100 * r['recovered_frechet_to_teacher']:.1f} % | "
+                  f"{r['frechet_to_pictures']:.3f} |")  # fmt: skip
 
 
 def main() -> None:
@@ -395,46 +470,40 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="about, for everything on one GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("flow-weight", "attention-weight", "distil-lr", "lr"):
+    for name in ("flow-weight", "output-weight", "attention-weight", "distil-lr", "lr"):
         parser.add_argument(f"--{name}", type=float, help="instead of the size's own")
-    parser.add_argument("--radius", type=int, help="instead of the size's own")
+    for name in ("radius", "downsample", "teacher-batch", "distil-batch"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
+    parser.add_argument("--teacher-share", type=float, default=0.38, help="of --seconds, for the dense teacher")
+    parser.add_argument(
+        "--sdpa", choices=["flash", "efficient"], default="flash", help="PyTorch's attention on a GPU: if one fails"
+    )
     args = parser.parse_args()
-    size, device = SIZES[args.size], torch.device(args.device)
+    size, device = dataclasses.replace(SIZES[args.size], name=args.size), torch.device(args.device)
     work = args.work or Path("runs") / f"distill_demo-{args.size}"
     work.mkdir(parents=True, exist_ok=True)
-    for name in ("flow_weight", "attention_weight", "distil_lr", "lr", "radius"):
+    for name in (
+        "flow_weight", "output_weight", "attention_weight", "distil_lr", "lr", "radius", "downsample", "teacher_batch",
+        "distil_batch",
+    ):  # fmt: skip
         if getattr(args, name) is not None:
             size = dataclasses.replace(size, **{name: getattr(args, name)})
     torch.set_float32_matmul_precision("high")
     # torch 2.11's cuDNN attention fails in some backward passes (docs/gpu-tests.md), and the teacher's failed too
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(args.sdpa == "flash")
     begin = time.monotonic()
     images, labels = pictures(0, size.pictures, size.pixels)
     net = train_classifier(size, work, images, labels, device)
     build_cache(size, work / "cache", images[: size.cached], labels[: size.cached])
     print(f"pictures, classifier and cache: {time.monotonic() - begin:.0f} s", flush=True)
-    train_teacher(size, work, images, labels, device, 0.42 * args.seconds)
-    file = distil(size, work, device, max(begin + 0.88 * args.seconds, time.monotonic() + 0.3 * args.seconds))
-    rows = table(size, work, file, net, device)
+    train_teacher(size, work, images, labels, device, args.teacher_share * args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
-    label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    version = torch.__version__.partition("+")[0]
-    stem = f"distill_demo-{args.size}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}-torch{version}"
-    about = {"size": args.size, **dataclasses.asdict(size), "classifier": CLASSIFIER, "device": label,
-             "machine": platform.machine(), "torch": version, "diffusers": diffusers.__version__}  # fmt: skip
-    with open(args.out / f"{stem}.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**r, **about}.items()} for r in rows
-        )
-    (args.out / f"{stem}.png").write_bytes((work / "pictures.png").read_bytes())
-    print("| | loss to the teacher | recovered | Frechet distance to the teacher's | to made pictures | recovered |")
-    print("|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['model']} | {r['loss_to_teacher']:.4f} | {100 * r['recovered_loss_to_teacher']:.0f} % | "
-              f"{r['frechet_to_teacher']:.3f} | {r['frechet_to_pictures']:.3f} | "
-              f"{100 * r['recovered_frechet_to_pictures']:.0f} % |")  # fmt: skip
+    table = Table(size, work, args.out, net, device)
+    file = distil(size, work, device, max(begin + 0.92 * args.seconds, time.monotonic() + 0.3 * args.seconds))
+    table.finish(file)
+    table.show()
+    print(f"written to {table.stem}.csv and .png; {time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":

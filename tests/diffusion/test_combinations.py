@@ -417,3 +417,12 @@ def test_a_processor_kept_beyond_removal_is_the_original():
         kept = dict(sd3.attn_processors)
     sd3.set_attn_processor(kept)
     assert torch.equal(tiny.run(sd3, inputs), dense)
+
+
+@pytest.mark.parametrize("case", ["flux", "sd3", "qwen"])  # the latter two normalise queries and keys in float32
+def test_autocast(case, monkeypatch):
+    model = tiny.randomise(tiny.CASES[case].build())
+    inputs = lambda: tiny.CASES[case].inputs(GRID)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        got = check(model, monkeypatch, inputs, case, rtol=0.05, atol=0.05)
+    assert got.dtype == torch.bfloat16

@@ -108,6 +108,9 @@ class Layer:
     def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
         """The layer's pattern on a call that :meth:`_why_dense` let through."""
         layout = self.session.layout
+        if torch.is_autocast_enabled(q.device.type):  # PyTorch's own attention does so; some norms return float32
+            kind = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (x.to(kind) for x in (q, k, v))
         role = layout.role(q.shape[1], k.shape[1])
         if role == "grid":
             layout = self.session.alone
