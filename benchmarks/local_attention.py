@@ -1,88 +1,71 @@
-"""Local attention against natten, FlexAttention and dense attention, in one run on one machine.
+"""Local attention against natten, FlexAttention and dense attention: one table, in one run on one machine.
 
-    python benchmarks/local_attention.py                          # every row, about 15 minutes on an H100
-    python benchmarks/local_attention.py --quick                  # within 4 minutes: fewer repeats, no FlexAttention
+    python benchmarks/local_attention.py --seconds 300            # every row: about 4 minutes on an H100
     python benchmarks/local_attention.py --rows disk-4096 nat     # some rows
-    python benchmarks/local_attention.py --quick --seconds 60     # no row is begun after so long
-    python benchmarks/local_attention.py --tune                   # tile sizes of every kernel, not the peers
+    python benchmarks/local_attention.py --rows disk-4096 --no-flex
+    python benchmarks/local_attention.py --dry                    # on a CPU, tiny: whether every row runs
 
-Times are medians of GPU time between events (milliseconds). TFLOP/s: "useful" counts pairs that the pattern shows,
-"executed" pairs in visited tiles, 4 * D FLOP each (10 * D backward). natten takes part where it can be imported.
-Writes benchmarks/results/local_attention-<gpu>-torch<version>.csv row by row (or --out).
+FlexAttention's kernels are compiled first, in processes of their own. Times are medians of GPU time between events
+(milliseconds). TFLOP/s: "useful" counts pairs that the pattern shows, "executed" pairs in visited tiles, 4 * D FLOP
+each (10 * D backward). natten takes part where it can be imported. Nothing is begun after --seconds.
+Writes benchmarks/results/local_attention-<gpu>-torch<version>.csv line by line (or --out); what is there from the same
+GPU and versions is not measured again without --fresh. The end shows the table of goals.
 """
 
 import argparse
 import csv
-import gc
-import itertools
 import math
+import os
 import re
-import statistics
-import subprocess
 import sys
 import time
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+if "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
-import torch.nn.functional as F
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from local_peers import (
+    DEVICE,
+    DRY,
+    DTYPE,
+    Warmers,
+    dense_backward_run,
+    dense_run,
+    first_line,
+    flex_run,
+    free,
+    natten,
+    natten_best,
+    natten_run,
+    synchronize,
+    time_of,
+)  # fmt: skip
 
 import visionattn
-from visionattn.ops.local import Disk, Neighborhood, counts, fused, gluon, local_attention
+from visionattn.ops.local import Cross, Disk, Neighborhood, counts, fused, gluon, local_attention, worthwhile
+from visionattn.ops.local import text as text_rows
 from visionattn.ops.local.tiles import Tile
 
-try:
-    import natten
-except ImportError:
-    natten = None
-
-HEADS, DIM, TEXT = 24, 128, 512
+HEADS, DIM, TEXT = (2, 16, 6) if DRY else (24, 128, 512)
 START = time.perf_counter()
 
 
-def time_of(run, seconds: float = 0.3, most: int = 50) -> float:
-    """Median milliseconds of a call. Short calls are timed several in a row, as a loop over layers would run them."""
-    run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    once = max(time.perf_counter() - begin, 1e-5)
-    inner = max(1, min(20, int(2e-3 / once)))
-    outer = max(3, min(most, int(seconds / (once * inner))))
-    times = []
-    for _ in range(outer if once < 0.5 else 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(inner):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / inner)
-    return statistics.median(times)
+def clock() -> float:
+    return time.perf_counter() - START
 
 
-def attempt(run, what: str, **options) -> float | None:
-    try:
-        return time_of(run, **options)
-    except Exception as e:  # a peer that can't run leaves an empty cell, and says why
-        print(f"    {what}: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}", flush=True)
-        return None
+def result_path(name: str) -> Path:
+    gpu = "cpu" if DRY else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{name}-{gpu}-torch{torch.__version__.split('+')[0]}.csv"
 
 
 def make(grid, text=TEXT, batch=1, heads=HEADS, dim=DIM, grad=False):
     torch.manual_seed(0)
     n = math.prod(grid) + text
-    return [
-        torch.randn(batch, n, heads, dim, device="cuda", dtype=torch.bfloat16).requires_grad_(grad) for _ in range(3)
-    ]
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    return [torch.randn(batch, n, heads, dim, device=DEVICE, dtype=DTYPE).requires_grad_(grad) for _ in range(3)]
 
 
 def plan_of(q, k, v, grid, pattern, text, tiles=None):
@@ -90,134 +73,101 @@ def plan_of(q, k, v, grid, pattern, text, tiles=None):
 
 
 def outputs(q):
-    return torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device="cuda")
+    return torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=DEVICE)
 
 
-def image_run(q, k, v, grid, pattern, text, tiles=None):
-    """A call of the grid's queries alone."""
-    plan = plan_of(q, k, v, grid, pattern, text, tiles)
+def image_run(q, k, v, grid, pattern, text, choice="auto"):
+    """A call of the grid's queries alone. `choice`: the kernel, as fused.forward_choice."""
+    plan = _with_choice(fused, "forward_choice", choice, lambda: plan_of(q, k, v, grid, pattern, text))
     out, lse = outputs(q)
-    return lambda: fused.grid_forward(plan, q, k, v, None, None, None, None, out, lse)
-
-
-def text_run(q, k, v, grid, text, tiles=None):
-    plan = plan_of(q, k, v, grid, Disk(1), text, tiles)
-    out, lse = outputs(q)
-    return lambda: fused.text_forward(plan, q, k, v, None, out, lse)
-
-
-def dense_run(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
 
     def run():
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v)
+        if choice == "auto":
+            return fused.grid_forward(plan, q, k, v, None, None, None, None, out, lse)
+        call = partial(fused.grid_forward, plan, q, k, v, None, None, None, None, out, lse)
+        return _with_choice(fused, "forward_choice", choice, call)
 
     return run
 
 
-def dense_backward_run(q, k, v, grad):
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    grad = grad.transpose(1, 2)
-    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+def text_run(q, k, v, grid, text, choice="auto", chunks=None):
+    """A call of the text's queries alone; `chunks`: into how many the keys are cut for cuDNN."""
+    plan = _with_choice(text_rows, "choice", choice, lambda: plan_of(q, k, v, grid, Disk(1), text))
+    if chunks is not None:
+        plan = fused.Plan(q, k, v, None, None, None, None, grid, Disk(1), text, True, q.shape[-1] ** -0.5, None)
+        plan.text_chunks = text_rows.cut(plan.N, chunks)
+    out, lse = outputs(q)
+    call = partial(fused.text_forward, plan, q, k, v, None, out, lse)
+    return call if choice == "auto" else lambda: _with_choice(text_rows, "choice", choice, call)
 
 
-def natten_run(q, k, v, grid, window, stride, text, **options):
-    """natten's image queries; every configuration of its Hopper kernel, the best is what counts."""
-    if natten is None:
-        return None
-    split = [x[:, :text].contiguous() for x in (k, v)]
-    shaped = [x[:, text:].reshape(x.shape[0], *grid, *x.shape[2:]).contiguous() for x in (q, k, v)]
-    run = (natten.na1d, natten.na2d, natten.na3d)[len(grid) - 1]
-    if text:
-        options |= dict(additional_keys=split[0], additional_values=split[1])
-    return lambda: run(*shaped, kernel_size=window, stride=stride, **options)
-
-
-def natten_best(q, k, v, grid, window, stride, text) -> float | None:
-    if natten is None:
-        return None
-    best = None
-    shapes = [(16, 8)] if len(grid) == 2 else [(4, 4, 8), (2, 8, 8)]
-    for shape, schedule in itertools.product(shapes, ("coop", "pp")):
-        names = {"coop": "KernelSchedule.WarpSpecializedCooperative", "pp": "KernelSchedule.WarpSpecializedPingpong"}
-        for kernel_schedule in (schedule, names[schedule]):
-            options = dict(
-                backend="hopper-fna", q_tile_shape=shape, kv_tile_shape=shape, kernel_schedule=kernel_schedule
-            )
-            try:
-                natten_run(q, k, v, grid, window, stride, text, **options)()
-            except Exception:
-                continue
-            ms = attempt(natten_run(q, k, v, grid, window, stride, text, **options), "natten")
-            best = ms if best is None or (ms is not None and ms < best) else best
-            break
-    if best is None:
-        best = attempt(natten_run(q, k, v, grid, window, stride, text), "natten")
-    return best
-
-
-def flex_run(q, k, v, grid, radius, tile=None):
-    """FlexAttention of CLEAR's layer, in raster order or with the tokens in the order of tiles (reordered before)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    W, text, N = grid[1], TEXT, q.shape[1]
-
-    def place(i):
-        if tile is None:
-            return i // W, i % W
-        th, tw = tile
-        t, inside = i // (th * tw), i % (th * tw)
-        return t // (W // tw) * th + inside // tw, t % (W // tw) * tw + inside % tw
-
-    def mask(b, h, i, j):
-        qy, qx = place(i - text)
-        ky, kx = place(j - text)
-        near = (qy - ky) * (qy - ky) + (qx - kx) * (qx - kx) < radius * radius
-        return (i < text) | (j < text) | near
-
-    block_mask = create_block_mask(mask, None, None, N, N, device="cuda", BLOCK_SIZE=128, _compile=True)
-    attend = torch.compile(flex_attention, dynamic=False)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: attend(q, k, v, block_mask=block_mask)
-
-
-def flex_time(q, k, v, grid, radius, tile) -> float | None:
+def _with_choice(module, name: str, choice: str, run):
+    before = getattr(module, name)
+    setattr(module, name, choice)
     try:
-        run = flex_run(q, k, v, grid, radius, tile)
-    except Exception as e:
-        print(f"    flex's mask: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}", flush=True)
-        return None
-    return attempt(run, "flex")
+        return run()
+    finally:
+        setattr(module, name, before)
 
 
 class Report:
     """The table: one line of the file for every measurement, written at once."""
 
     COLUMNS = ["row", "what", "implementation", "ms", "useful_tflops", "executed_tflops", "note"]
+    ENVIRONMENT = ["gpu", "torch", "triton", "natten", "visionattn"]
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", newline="")
-        self.writer = csv.writer(self.file)
+    def __init__(self, path: Path, fresh: bool = False, seconds: float = math.inf):
+        self.seconds, self.left_out = seconds, 0
         self.environment = [
-            torch.cuda.get_device_name(), torch.__version__, triton.__version__,
+            "CPU" if DRY else torch.cuda.get_device_name(), torch.__version__, triton.__version__,
             getattr(natten, "__version__", "") if natten else "", visionattn.__version__,
         ]  # fmt: skip
-        self.writer.writerow([*self.COLUMNS, "gpu", "torch", "triton", "natten", "visionattn"])
+        self.known: dict[tuple[str, str, str], dict] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not fresh:
+            with path.open(newline="") as file:
+                for line in csv.DictReader(file):
+                    if [line.get(name) for name in self.ENVIRONMENT] == self.environment:
+                        self.known[line["row"], line["what"], line["implementation"]] = line
+        part = path.with_suffix(".part")
+        self.file = part.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, [*self.COLUMNS, *self.ENVIRONMENT])
+        self.writer.writeheader()
+        self.writer.writerows(self.known.values())
+        self.file.flush()
+        part.replace(path)
 
-    def __call__(self, row, what, implementation, ms, useful=None, executed=None, note="") -> float | None:
-        """`useful`, `executed`: FLOP."""
-        if ms is None:
+    def measure(self, row, what, implementation, prepare, useful=None, executed=None, note="", **options):
+        """Milliseconds of the call that `prepare()` returns, or None. `useful`, `executed`: FLOP."""
+        key = (row, what, implementation)
+        if key in self.known:
+            return float(self.known[key]["ms"])
+        if clock() > self.seconds:
+            self.left_out += 1
             return None
+        try:
+            run = prepare()
+            ms = time_of(run, **options)
+            del run
+        except Exception as e:  # a peer that can't run leaves no line, and says why
+            print(f"    {row}, {what}, {implementation}: {first_line(e)}", flush=True)
+            return None
+        return self.write(row, what, implementation, ms, useful, executed, note)
+
+    def write(self, row, what, implementation, ms, useful=None, executed=None, note="") -> float:
         rates = ["" if f is None else f"{f / ms / 1e9:.1f}" for f in (useful, executed)]
-        self.writer.writerow([row, what, implementation, f"{ms:.4f}", *rates, note, *self.environment])
+        values = [row, what, implementation, f"{ms:.4f}", *rates, str(note).replace(",", ""), *self.environment]
+        line = dict(zip([*self.COLUMNS, *self.ENVIRONMENT], values, strict=True))
+        self.known[row, what, implementation] = line
+        self.writer.writerow(line)
         self.file.flush()
         shown = f"{rates[0] or '-':>7} useful {rates[1] or '-':>7} executed TFLOP/s"
-        clock = f"  [{time.perf_counter() - START:5.0f} s]"
-        print(f"{clock} {row:16}{what:34}{implementation:14}{ms:10.4f} ms {shown} {note}", flush=True)
+        print(f"  [{clock():5.0f} s] {row:16}{what:40}{implementation:18}{ms:10.4f} ms {shown} {note}", flush=True)
         return ms
+
+    def get(self, row, what, implementation, column="ms") -> float | None:
+        value = self.known.get((row, what, implementation), {}).get(column)
+        return float(value) if value else None
 
 
 def flops(grid, pattern, text, tile: Tile, heads=HEADS, dim=DIM, batch=1) -> dict[str, float]:
@@ -239,13 +189,13 @@ def counted(grid, pattern, text, query, key, heads=HEADS, dim=DIM, batch=1) -> d
 
 
 def check(q, k, v, grid, pattern, text) -> None:
-    """Rows in the middle and at the corners against the definition, before anything is timed."""
+    """Rows in the middle and at the corners, and of text, against the definition, before anything is timed."""
     out = local_attention(q, k, v, grid, pattern, text, backend="triton")
     n = math.prod(grid)
-    for token in {0, n - 1, n // 2 + grid[-1] // 2}:
-        seen = torch.cat(
-            [torch.ones(text, dtype=torch.bool, device="cuda"), pattern.mask(grid, token, token + 1, "cuda")[0]]
-        )
+    for token in {-text, -1, 0, n - 1, n // 2 + grid[-1] // 2} - ({-1} if not text else set()):
+        seen = torch.ones(text + n, dtype=torch.bool, device=DEVICE)
+        if token >= 0:
+            seen[text:] = pattern.mask(grid, token, token + 1, DEVICE)[0]
         logits = torch.einsum("bhd,bnhd->bhn", q[:, text + token].double(), k[:, seen].double()) * q.shape[-1] ** -0.5
         expected = torch.einsum("bhn,bnhd->bhd", logits.softmax(-1), v[:, seen].double())
         error = ((out[:, text + token].double() - expected).norm() / expected.norm()).item()
@@ -253,333 +203,369 @@ def check(q, k, v, grid, pattern, text) -> None:
             raise RuntimeError(f"{pattern} on {grid}: token {token} is off by {error:.3g}, so nothing is timed")
 
 
-def image_rows(report, name, q, k, v, grid, pattern, text) -> tuple[float | None, dict]:
-    """The kernel that 'auto' takes, and the other one where both can run: its milliseconds, and FLOP."""
-    auto = plan_of(q, k, v, grid, pattern, text)
-    found = None
+def ready(run):
+    """For what needs no preparation."""
+    return run
+
+
+class Case:
+    """A grid and a pattern with its tensors, made when something is measured on them."""
+
+    def __init__(self, grid, pattern, text=TEXT):
+        self.settings = (grid, pattern, text)
+        self.grid, self.pattern, self.text = grid, pattern, text
+
+    @cached_property
+    def tensors(self):
+        q, k, v = make(self.grid, self.text)
+        check(q, k, v, *self.settings)
+        return q, k, v
+
+    def plan(self, choice="auto"):
+        return _with_choice(fused, "forward_choice", choice, lambda: plan_of(*self.tensors, *self.settings))
+
+
+def image_rows(report, name, case: Case) -> None:
+    """The kernel that 'auto' takes, and Triton's and Gluon's where they are not that one."""
+    auto = case.plan()
     for choice in ("auto", "triton" if auto.gluon else "gluon"):
-        fused.forward_choice = choice
-        try:
-            plan = plan_of(q, k, v, grid, pattern, text)
-            if choice == "gluon" and plan.gluon is None:
-                continue
-            tile = plan.gluon or plan.tiles.forward
-            f = counted(grid, pattern, text, tile.query, tile.key)
-            kernel = "gluon" if plan.gluon else "triton"
-            ms = attempt(image_run(q, k, v, grid, pattern, text), f"ours, {kernel}")
-            kernel = "gluon" if plan.gluon and not gluon.failed else "triton"
-            report(
-                name, "image queries", "ours" if choice == "auto" else f"ours, {choice}", ms, f["useful image"],
-                f["executed image"], f"{kernel}: queries {tile.query} keys {tile.key}".replace(",", ""),
-            )  # fmt: skip
-            if choice == "auto":
-                found = ms, f
-        finally:
-            fused.forward_choice = "auto"
-    return found
+        plan = case.plan(choice)
+        if choice == "gluon" and plan.gluon is None:
+            continue
+        tile = plan.gluon or plan.tiles.forward
+        f = counted(*case.settings, tile.query, tile.key)
+        kernel = "gluon" if plan.gluon and not gluon.failed else "triton"
+        report.measure(
+            name, "image queries", "ours" if choice == "auto" else f"ours, {choice}",
+            partial(image_run, *case.tensors, *case.settings, choice), f["useful image"],
+            f["executed image"], f"{kernel}: queries {tile.query} keys {tile.key}",
+        )  # fmt: skip
 
 
-def forward_row(report, name, grid, pattern, text, dense=True, peer=None, flex=False, whole=True) -> None:
-    q, k, v = make(grid, text)
-    check(q, k, v, grid, pattern, text)
-    ours, f = image_rows(report, name, q, k, v, grid, pattern, text)
-    layer = None
-    if text and whole:
-        layer = report(name, "whole layer", "ours", attempt(
-            partial(local_attention, q, k, v, grid, pattern, text), "ours"), f["useful"], f["executed"])  # fmt: skip
-    if dense:
-        full = report(name, "dense, no pattern", "cudnn", attempt(dense_run(q, k, v), "cudnn"), f["dense"], f["dense"])
-        if full and ours:
-            rate = f["dense"] / full
-            useful, executed = (f[f"{kind} image"] / ours / rate for kind in ("useful", "executed"))
-            print(
-                f"    of dense: useful {useful:.3f}, executed {executed:.3f}; {full / (layer or ours):.2f}x", flush=True
-            )
-    if peer:
+def forward_row(report, name, case: Case, peer=None, dense=True) -> None:
+    image_rows(report, name, case)
+    tile = case.plan().gluon or case.plan().tiles.forward
+    f = counted(*case.settings, tile.query, tile.key)
+    if case.text:
+        note = "; ".join(case.plan().kernels())
+        run = partial(local_attention, *case.tensors, *case.settings, backend="triton")
+        report.measure(name, "whole layer", "ours", partial(ready, run), f["useful"], f["executed"], note)
+    if peer and natten is not None:
         window, stride = peer
-        ms = report(name, f"image queries, window {window} stride {stride}", "natten",
-                    natten_best(q, k, v, grid, window, stride, text))  # fmt: skip
-        if ms and ours:
-            print(f"    natten / ours: {ms / ours:.2f}", flush=True)
-    if flex:
-        for tile, what in ((None, "raster"), ((8, 16), "tile order")):
-            ms = report(name, f"whole layer, {what}", "flex",
-                        flex_time(q, k, v, grid, pattern.radius, tile))  # fmt: skip
-            if ms and layer:
-                print(f"    flex / ours: {ms / layer:.2f}", flush=True)
-            torch._dynamo.reset()
-    free()
+        what = f"image queries, window {window} stride {stride}"
+        report.measure(name, what, "natten", lambda: natten_best(*case.tensors, case.grid, window, stride, case.text))
+    if dense:
+        report.measure(
+            name, "dense, no pattern", "cudnn", lambda: dense_run(*case.tensors), f["dense"], f["dense"]
+        )  # fmt: skip
 
 
-def text_row(report, sides) -> None:
-    for side in sides:
-        grid = (side, side)
-        q, k, v = make(grid)
-        f = flops(grid, Disk(1), TEXT, plan_of(q, k, v, grid, Disk(1), TEXT).tiles.forward)
-        report("text", f"text rows, {16 * side} px", "ours", attempt(text_run(q, k, v, grid, TEXT), "ours"), f["text"],
-               f["text"])  # fmt: skip
-        report("text", f"text rows, {16 * side} px", "cudnn", attempt(dense_run(q[:, :TEXT], k, v), "cudnn"), f["text"],
-               f["text"])  # fmt: skip
-        if side <= 256:
-            report(
-                "text", f"dense, {16 * side} px", "cudnn", attempt(dense_run(q, k, v), "cudnn"), f["dense"], f["dense"]
-            )
-        del q, k, v
+def flex_row(report, name, case: Case) -> None:
+    """CLEAR's layer by FlexAttention."""
+    for tile, what in ((None, "raster"), ((2, 4) if DRY else (8, 16), "tile order")):
+        report.measure(
+            name, f"whole layer, {what}", "flex",
+            partial(flex_run, *case.tensors, case.grid, case.pattern.radius, case.text, tile),
+        )  # fmt: skip
+
+
+def text_case(report, side: int) -> None:
+    grid, what = (side, side), f"text rows, {16 * side} px"
+    q, k, v = make(grid)
+    f = 4 * DIM * HEADS * TEXT * q.shape[1]
+    note = str(plan_of(q, k, v, grid, Disk(1), TEXT).text_chunks or "Triton")
+    run = partial(text_run, q, k, v, grid, TEXT)
+    report.measure("text", what, "ours", run, f, f, note)
+    report.measure("text", what, "ours, triton", partial(run, "triton"), f, f)
+    report.measure("text", what, "cudnn", partial(dense_run, q[:, :TEXT], k, v), f, f)
+    for chunks in (2, 3) if DRY else (1, 2, 3, 4, 5, 6, 8, 11, 16):
+        report.measure("text", what, f"ours, cudnn in {chunks}", partial(run, "cudnn", chunks), f, f, seconds=0.1)
+    if side not in (256, 512):  # their dense rows are those of the disk
+        n = 4 * DIM * HEADS * q.shape[1] ** 2
+        report.measure("text", f"dense, {16 * side} px", "cudnn", partial(dense_run, q, k, v), n, n)
+
+
+def text_row(report) -> None:
+    """Text queries, at 1024 to 8192 px: what 'auto' takes, Triton's kernel, cuDNN on the same rows in chunks."""
+    for side in (8, 12) if DRY else (256, 64, 128, 512):
+        text_case(report, side)
         free()
 
 
+def short_text_case(report, side: int, text: int, dim: int) -> None:
+    grid, what = (side, side), f"{text} text rows, heads of {dim}, {16 * side} px"
+    q, k, v = make(grid, text, dim=dim)
+    f = 4 * dim * HEADS * text * q.shape[1]
+    run = partial(text_run, q, k, v, grid, text)
+    report.measure("short text", what, "ours, triton", partial(run, "triton"), f, f, seconds=0.1)
+    picked = plan_with_cudnn(q, k, v, grid, text)
+    for chunks in sorted({1, picked.count}) if picked else ():
+        name = "ours, cudnn" + ("" if chunks == 1 else " in chunks")
+        report.measure("short text", what, name, partial(run, "cudnn", chunks), f, f, f"{chunks}", seconds=0.1)
+
+
+def short_text_row(report) -> None:
+    """Where cuDNN begins to pay: text lengths below 512, and heads of 64."""
+    for side in (8,) if DRY else (64, 128, 256):
+        for text, dim in ((3, DIM), (5, DIM)) if DRY else ((77, 128), (128, 128), (256, 128), (512, 64)):
+            short_text_case(report, side, text, dim)
+        free()
+
+
+def plan_with_cudnn(q, k, v, grid, text):
+    return _with_choice(text_rows, "choice", "cudnn", lambda: plan_of(q, k, v, grid, Disk(1), text)).text_chunks
+
+
+SMALL = {
+    "disk 8": Disk(8), "disk 16": Disk(16), "disk 32": Disk(32), "window 16 stride 16": Neighborhood(16, 16),
+    "window 32 stride 16": Neighborhood(32, 16), "window 48 stride 16": Neighborhood(48, 16),
+    "window 16": Neighborhood(16), "window 32": Neighborhood(32), "cross 8": Cross(8, 8),
+}  # fmt: skip
+
+
+def small_case(report, text: int) -> None:
+    grid = (12, 12) if DRY else (64, 64)
+    q, k, v = make(grid, text)
+    n = 4 * DIM * HEADS * q.shape[1] ** 2
+    report.measure("small", f"dense, {text} text", "cudnn", partial(dense_run, q, k, v), n, n)
+    for name, pattern in list(SMALL.items())[: 2 if DRY else None]:
+        pattern = Disk(4) if DRY else pattern
+        run = partial(local_attention, q, k, v, grid, pattern, text, backend="triton")
+        say = "sparse" if worthwhile(grid, pattern, text, HEADS, DIM, DTYPE, DEVICE) else "dense"
+        report.measure("small", f"{name}, {text} text", "ours", partial(ready, run), note=f"planner: {say}")
+
+
+def small_row(report) -> None:
+    """1024 px, where dense attention is hard to beat: every pattern, and what the planner says of it."""
+    for text in (TEXT, 0) if DRY else (TEXT, 77, 0):
+        small_case(report, text)
+        free()
+
+
+def setup_case(report, grid) -> None:
+    q, k, v = make(grid)
+    begin = time.perf_counter()
+    plan = fused.Plan(q, k, v, None, None, None, None, grid, Disk(16), TEXT, True, DIM**-0.5, None)
+    plan.table(plan.tiles.forward.query, plan.tiles.forward.key)
+    report.write("set-up", f"plan and tables, {grid}", "ours", 1e3 * (time.perf_counter() - begin))
+    for what in ("first call", "second call"):
+        synchronize()
+        begin = time.perf_counter()
+        local_attention(q, k, v, grid, Disk(16), TEXT, backend="triton")
+        synchronize()
+        report.write("set-up", f"{what}, {grid}", "ours", 1e3 * (time.perf_counter() - begin))
+
+
+def setup_row(report) -> None:
+    """A grid that was not seen before, at 8192 px: host time until the first call's kernels are done."""
+    for grid in [(10, 12)] if DRY else [(500, 512), (508, 512)]:
+        if ("set-up", f"second call, {grid}", "ours") not in report.known and clock() < report.seconds:
+            setup_case(report, grid)
+            free()
+
+
 def backward_case(report, name, pattern, text, peer) -> None:
-    grid = (128, 128)
+    grid = (8, 8) if DRY else (128, 128)
     q, k, v = make(grid, text, grad=True)
     grad = torch.randn_like(q)
     tiles = plan_of(q, k, v, grid, pattern, text).tiles
-    out = local_attention(q, k, v, grid, pattern, text, backend="triton")
     by_query = flops(grid, pattern, text, tiles.query)
     by_key = flops(grid, pattern, text, Tile(tiles.backward_keys.key, tiles.backward_keys.query, 1, 1))
     # of a pair's five products, dense attention's backward pass, our two kernels execute three and four
     executed = (by_query["executed"] * 3 + by_key["executed"] * 4) / 7 * 2.5
-    run = partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
-    what = "backward, whole layer"
+
+    def ours():
+        out = local_attention(q, k, v, grid, pattern, text, backend="triton")
+        return partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+
     note = "executed at 5 products a pair"
-    ours = report(name, what, "ours", attempt(run, "ours"), by_query["useful"] * 2.5, executed, note)
+    report.measure(name, "backward, whole layer", "ours", ours, by_query["useful"] * 2.5, executed, note)
     full = by_query["dense"] * 2.5
-    dense = report(name, "backward, dense", "cudnn", attempt(dense_backward_run(q, k, v, grad), "cudnn"), full, full)
-    if ours and dense:
-        print(f"    executed over dense: {executed / ours / (full / dense):.3f}", flush=True)
+    report.measure(name, "backward, dense", "cudnn", lambda: dense_backward_run(q, k, v, grad), full, full)
     if natten is None:
         return
-    image = [x.detach()[:, text:].contiguous().requires_grad_() for x in (q, k, v)]
-    try:
-        result = natten_run(*image, grid, *peer, 0, backend="hopper-fna")()
-        run = partial(torch.autograd.grad, result, image, torch.randn_like(result), retain_graph=True)
-        what = f"backward, image only, window {peer[0]} stride {peer[1]}"
-        report(name, what, "natten", attempt(run, "natten"))
-    except Exception as e:
-        print(f"    natten: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}")
+
+    def other():
+        image = [x.detach()[:, text:].contiguous().requires_grad_() for x in (q, k, v)]
+        result = natten_run(*image, grid, *peer, 0, **({} if DRY else dict(backend="hopper-fna")))()
+        return partial(torch.autograd.grad, result, image, torch.randn_like(result), retain_graph=True)
+
+    report.measure(name, f"backward, image only, window {peer[0]} stride {peer[1]}", "natten", other)
 
 
 def backward_row(report) -> None:
-    backward_case(report, "backward disk", Disk(16), TEXT, ((28, 28), (1, 1)))
+    windows = [((3, 3), (1, 1)), ((4, 4), (2, 2))] if DRY else [((28, 28), (1, 1)), ((80, 80), (16, 16))]
+    backward_case(report, "backward disk", Disk(2 if DRY else 16), TEXT, windows[0])
     free()
-    backward_case(report, "backward w80 s16", Neighborhood(80, 16), 0, ((80, 80), (16, 16)))
+    backward_case(report, "backward w80 s16", Neighborhood(*windows[1]), 0, windows[1])
+    free()
 
 
-def nat_row(report, flex: bool) -> None:
-    for side, heads in ((56, 2), (28, 4), (14, 8)):
-        nat_case(report, (side, side), heads, flex)
-        free()
+NAT = ((56, 2), (28, 4), (14, 8))
 
 
-def nat_case(report, grid, heads, flex: bool) -> None:
-    pattern = Neighborhood(7)
-    q, k, v = make(grid, 0, 64, heads, 32, grad=True)
-    bias = torch.randn(heads, 13, 13, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    grad = torch.randn_like(q)
+def nat_name(side: int, heads: int) -> str:
+    return f"{side} x {side} x {heads} heads"
+
+
+def nat_runs(side, heads, flex: bool) -> dict:
+    """What is timed of a layer of NAT-Tiny: a call and its leaves by name, and the outputs' gradient."""
+    grid, pattern, batch, dim = (side, side), Neighborhood(7), 1 if DRY else 64, 32
+    q, k, v = make(grid, 0, batch, heads, dim, grad=True)
+    bias = torch.randn(heads, 13, 13, device=DEVICE, dtype=DTYPE).requires_grad_()
+    kernels = dict(backend="triton") if DRY else {}
     runs = {
-        "ours, biased": (partial(local_attention, q, k, v, grid, pattern, bias=bias), (q, k, v, bias)),
-        "ours": (partial(local_attention, q, k, v, grid, pattern), (q, k, v)),
+        "ours, biased": (partial(local_attention, q, k, v, grid, pattern, bias=bias, **kernels), (q, k, v, bias)),
+        "ours": (partial(local_attention, q, k, v, grid, pattern, **kernels), (q, k, v)),
     }
     if natten is not None:
-        image = [x.detach().reshape(64, *grid, heads, 32).requires_grad_() for x in (q, k, v)]
+        image = [x.detach().reshape(batch, *grid, heads, dim).requires_grad_() for x in (q, k, v)]
         runs["natten"] = lambda: natten.na2d(*image, kernel_size=7).flatten(1, 2), image
     if flex:
         run = partial(local_attention, q, k, v, grid, pattern, bias=bias, backend="flex")
         runs["flex, biased"] = run, (q, k, v, bias)
-    for name, (run, leaves) in runs.items():
+    return runs, torch.randn_like(q)
 
-        def both(run=run, leaves=leaves):
-            torch.autograd.grad(run(), leaves, grad)
 
-        what = f"{grid[0]} x {grid[1]} x {heads} heads"
-        with torch.no_grad():
-            report("nat", f"{what}, forward", name, attempt(run, name))
-        report("nat", f"{what}, forward and backward", name, attempt(both, name))
+def without_gradient(run) -> None:
+    with torch.no_grad():
+        run()
+
+
+def with_gradient(run, leaves, grad) -> None:
+    torch.autograd.grad(run(), leaves, grad)
+
+
+def nat_row(report, flex: bool) -> None:
+    for side, heads in ((7, 1),) if DRY else NAT:
+        runs, grad = nat_runs(side, heads, flex)
+        for name, (run, leaves) in runs.items():
+            what, both = nat_name(side, heads), partial(with_gradient, run, leaves, grad)
+            report.measure("nat", f"{what}, forward", name, partial(ready, partial(without_gradient, run)))
+            report.measure("nat", f"{what}, forward and backward", name, partial(ready, both))
+        del runs, grad
+        free()
 
 
 VIDEO = (18, 24, 24), (2, 8, 8)
+CLEAR_PEER = ((28, 28), (1, 1))
 # grid, pattern, text, and natten's window and stride beside it
 FORWARD = {
-    "disk-4096": ((256, 256), Disk(16), TEXT, ((28, 28), (1, 1))),
-    "disk-8192": ((512, 512), Disk(16), TEXT, ((28, 28), (1, 1))),
+    "disk-4096": ((256, 256), Disk(16), TEXT, CLEAR_PEER),
     "w80-s16": ((256, 256), Neighborhood(80, 16), 0, ((80, 80), (16, 16))),
     "w80-s16-text": ((256, 256), Neighborhood(80, 16), TEXT, ((80, 80), (16, 16))),
-    "w48-s1": ((256, 256), Neighborhood(48), 0, ((48, 48), (1, 1))),
-    "w80-s1": ((256, 256), Neighborhood(80), 0, ((80, 80), (1, 1))),
     "video": ((30, 48, 80), Neighborhood(*VIDEO), 0, VIDEO),
     "hunyuan": ((33, 45, 80), Neighborhood(*VIDEO), 0, VIDEO),
+    "disk-8192": ((512, 512), Disk(16), TEXT, CLEAR_PEER),
+    "w48-s1": ((256, 256), Neighborhood(48), 0, ((48, 48), (1, 1))),
+    "w80-s1": ((256, 256), Neighborhood(80), 0, ((80, 80), (1, 1))),
     "disk-1024": ((64, 64), Disk(16), TEXT, None),
     "w32-1024": ((64, 64), Neighborhood(32, 16), TEXT, None),
 }
-ROWS = (*FORWARD, "text", "backward", "nat")
+if DRY:
+    FORWARD = {
+        name: (
+            (4, 6, 8)[3 - len(g) :],
+            Disk(2) if isinstance(p, Disk) else Neighborhood(3),
+            text and TEXT,
+            peer and ((3, 3, 3)[: len(g)], 1),
+        )
+        for name, (g, p, text, peer) in FORWARD.items()
+    }
+# by importance; "dense-8192" and "flex" belong to the disk's rows
+ROWS = (
+    "disk-4096", "w80-s16", "text", "disk-1024", "w32-1024", "small", "video", "w80-s16-text", "hunyuan", "disk-8192",
+    "w48-s1", "w80-s1", "backward", "nat", "flex", "short-text", "set-up", "dense-8192",
+)  # fmt: skip
 
 
-def run_row(name: str, report, quick: bool) -> None:
+def run_row(name: str, report, flex: bool) -> None:
     if name in FORWARD:
-        grid, pattern, text, peer = FORWARD[name]
-        slow = quick and name in ("disk-8192", "hunyuan")
-        dense = name not in ("w48-s1", "w80-s1") and not slow
-        forward_row(report, name, grid, pattern, text, dense, peer, flex=name == "disk-4096" and not quick)
-    elif name == "text":
-        text_row(report, (64, 128, 256, 512))
-    elif name == "backward":
-        backward_row(report)
+        *settings, peer = FORWARD[name]
+        dense = name not in ("w48-s1", "w80-s1", "disk-8192")
+        forward_row(report, name, Case(*settings), peer, dense)
+    elif name == "flex" and flex:
+        flex_row(report, "disk-4096", Case(*FORWARD["disk-4096"][:3]))
+    elif name == "dense-8192":
+        q, k, v = make(FORWARD["disk-8192"][0])
+        n = 4 * DIM * HEADS * q.shape[1] ** 2
+        report.measure("disk-8192", "dense, no pattern", "cudnn", lambda: dense_run(q, k, v), n, n)
+    elif name == "nat":
+        nat_row(report, flex)
+    elif name != "flex":
+        named = {"text": text_row, "small": small_row, "backward": backward_row, "short-text": short_text_row}
+        (named | {"set-up": setup_row})[name](report)
+
+
+WARM = ("disk raster", "disk tile", *(f"nat {i}" for i in range(len(NAT))))
+
+
+def warm(name: str) -> None:
+    """Compiles a case of FlexAttention, for the caches on disk."""
+    kind, _, which = name.partition(" ")
+    if kind == "disk":
+        grid, pattern, text, _ = FORWARD["disk-4096"]
+        tile = None if which == "raster" else (2, 4) if DRY else (8, 16)
+        flex_run(*make(grid, text), grid, pattern.radius, text, tile)()
     else:
-        nat_row(report, not quick)
+        side, heads = (7, 1) if DRY else NAT[int(which)]
+        runs, grad = nat_runs(side, heads, True)
+        run, leaves = runs["flex, biased"]
+        with torch.no_grad():
+            run()
+        torch.autograd.grad(run(), leaves, grad)
+    synchronize()
 
 
-# Tuning: (kernel, case) and the tiles to try. Query tile, key tile, warps, stages, descriptors.
-
-A, B2, C2 = (1, 8, 8), (1, 8, 16), (1, 16, 16)
-CASES = {
-    "disk": ((256, 256), Disk(16), TEXT),
-    "window": ((256, 256), Neighborhood(80, 16), 0),
-    "video": ((30, 48, 80), Neighborhood((18, 24, 24), (2, 8, 8)), 0),
-    "nat": ((56, 56), Neighborhood(7), 0),
-}
-CANDIDATES = {
-    ("forward", "disk"): [
-        (A, A, 4, 3, True), (A, A, 4, 2, True), (A, A, 4, 4, True), (A, A, 4, 3, False), (A, (1, 4, 8), 4, 4, True),
-        (A, (1, 8, 16), 4, 2, True), (B2, A, 8, 3, True), (B2, A, 8, 2, True), (B2, A, 8, 4, True), (B2, A, 4, 3, True),
-        (B2, (1, 4, 8), 8, 4, True), (B2, (1, 4, 16), 8, 3, True), (B2, B2, 8, 2, True), (B2, A, 8, 3, False),
-        ((1, 16, 8), A, 8, 3, True), (C2, A, 8, 3, True),
-    ],
-    ("forward", "window"): [
-        (B2, A, 8, 3, True), (B2, A, 8, 4, True), (B2, B2, 8, 2, True), (B2, B2, 8, 3, True), (B2, A, 4, 3, True),
-        (C2, A, 8, 3, True), (A, A, 4, 3, True), (B2, A, 8, 3, False), (C2, B2, 8, 2, True), (A, B2, 4, 2, True),
-    ],
-    ("forward", "video"): [
-        ((2, 8, 8), (2, 4, 8), 8, 3, True), ((2, 8, 8), (2, 8, 8), 8, 2, True), ((2, 8, 8), (2, 8, 8), 8, 3, True),
-        ((2, 8, 8), (1, 8, 8), 8, 3, True), ((2, 8, 8), (2, 4, 8), 4, 3, True), ((2, 8, 8), (2, 4, 8), 8, 3, False),
-    ],
-    ("dense", "disk"): [
-        (B2, A, 8, 3, True), (B2, A, 8, 4, True), (B2, B2, 8, 2, True), (B2, B2, 8, 3, True), (A, A, 4, 3, True),
-        (B2, A, 4, 3, True), (C2, A, 8, 3, True),
-    ],
-    ("query", "disk"): [
-        (B2, A, 8, 2, True), (B2, A, 8, 3, True), (A, A, 4, 2, True), (A, A, 4, 3, True), (A, (1, 4, 8), 4, 3, True),
-        (B2, (1, 4, 8), 8, 3, True), (B2, A, 8, 2, False),
-    ],
-    ("query", "window"): [
-        (B2, A, 8, 2, True), (B2, A, 8, 3, True), (A, A, 4, 2, True), (A, A, 4, 3, True), (B2, B2, 8, 1, True),
-        (B2, (1, 4, 8), 8, 3, True),
-    ],
-    ("backward_keys", "disk"): [
-        (A, B2, 8, 2, True), (A, A, 4, 2, True), (A, A, 4, 3, True), (A, A, 8, 2, True), ((1, 4, 8), B2, 8, 3, True),
-        ((1, 4, 8), A, 4, 3, True), (A, B2, 8, 1, True),
-    ],
-    ("backward_keys", "window"): [
-        (A, B2, 8, 2, True), (A, A, 4, 2, True), (A, A, 4, 3, True), (A, A, 8, 2, True), ((1, 4, 8), B2, 8, 3, True),
-        ((1, 4, 8), A, 4, 3, True), (B2, A, 8, 1, True),
-    ],
-    ("forward", "nat"): [
-        (A, A, 4, 2, False), (A, A, 4, 1, False), (A, A, 2, 1, False), (A, A, 2, 2, False),
-        (A, (1, 16, 16), 4, 1, False),
-        (A, (1, 4, 16), 4, 2, False), (A, (1, 16, 8), 4, 1, False), (A, (1, 2, 16), 4, 2, False),
-        ((1, 8, 16), A, 4, 1, False), ((1, 4, 8), (1, 4, 16), 2, 1, False), ((1, 4, 8), (1, 16, 16), 2, 1, False),
-    ],
-    ("query", "nat"): [
-        (A, A, 4, 1, False), (A, A, 4, 2, False), (A, A, 2, 1, False), (A, (1, 4, 16), 4, 1, False),
-        (A, (1, 16, 8), 4, 1, False), ((1, 4, 8), (1, 4, 16), 2, 1, False), ((1, 4, 4), (1, 4, 4), 1, 1, False),
-    ],
-    ("backward_keys", "nat"): [
-        (A, A, 4, 1, False), (A, A, 4, 2, False), (A, A, 2, 1, False), ((1, 4, 16), A, 4, 1, False),
-        ((1, 16, 8), A, 4, 1, False), ((1, 4, 8), A, 2, 1, False), ((1, 4, 4), (1, 4, 8), 1, 1, False),
-    ],
-}  # fmt: skip
-
-
-def tune_run(kind: str, case: str, candidate):
-    """A call of one kernel with these tiles, and its executed FLOP."""
-    from dataclasses import replace
-
-    grid, pattern, text = CASES[case]
-    biased = case == "nat"
-    batch, heads, dim = (64, 2, 32) if biased else (1, HEADS, DIM)
-    q, k, v = make(grid, text, batch, heads, dim)
-    bias = torch.randn(heads, 13, 13, device="cuda", dtype=torch.bfloat16) if biased else None
-    *shape, tma = candidate
-    tile = Tile(*shape)
-    settings = (grid, pattern, text, True, dim**-0.5)
-    tiles = replace(fused.plan(q, k, v, None, None, bias, None, *settings).tiles, **{kind: tile}, tma=tma)
-    p = fused.plan(q, k, v, None, None, bias, None, *settings, tiles)
-    out, lse = outputs(q)
-    f = flops(grid, pattern, text, tile, heads, dim, batch)
-    if kind == "forward":
-        return lambda: fused.grid_forward(p, q, k, v, None, None, bias, None, out, lse), f["executed image"]
-    if kind == "dense":
-        return lambda: fused.text_forward(p, q, k, v, None, out, lse), f["text"]
-    lse.fill_(12)
-    delta, grad, dq, dk = torch.zeros_like(lse), torch.randn_like(q), torch.empty_like(q), torch.empty_like(q)
-    dv = torch.empty_like(q)
-    if kind == "query":
-        run = lambda: fused.query_grad(p, p.tma, q, k, v, grad, None, None, bias, None, lse, delta, dq)  # noqa: E731
-        return run, f["executed image"] * 1.5
-    f = flops(grid, pattern, text, Tile(tile.key, tile.query, 1, 1), heads, dim, batch)
-    return lambda: fused.key_grad(p, p.tma, q, k, v, grad, bias, lse, delta, dk, dv), f["executed image"] * 2
-
-
-def tune(report, only, workers: int) -> None:
-    work = [(kind, case, c) for (kind, case), list_ in CANDIDATES.items() for c in list_ if not only or kind in only]
-    script = [sys.executable, __file__, "--tune", *(["--kernels", *only] if only else [])]
-    shards = [subprocess.Popen([*script, "--shard", str(i), str(workers)]) for i in range(workers)]
-    for shard in shards:
-        shard.wait()
-    print(f"  [{time.perf_counter() - START:5.0f} s] compiled", flush=True)
-    for kind, case, candidate in work:
-        try:
-            run, f = tune_run(kind, case, candidate)
-        except Exception as e:
-            print(f"    {kind} {case} {candidate}: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}")
-            continue
-        ms = attempt(run, f"{kind} {case} {candidate}", seconds=0.1)
-        report(f"tune {kind}", case, str(candidate).replace(",", ""), ms, None, f)
-        del run
-
-
-def warm(index: int, workers: int, only) -> None:
-    """Compiles every n-th candidate, for Triton's cache."""
-    work = [(kind, case, c) for (kind, case), list_ in CANDIDATES.items() for c in list_ if not only or kind in only]
-    for item in work[index::workers]:
-        try:
-            tune_run(*item)[0]()
-            torch.cuda.synchronize()
-        except Exception as e:
-            print(f"    {item}: {type(e).__name__}: {str(e).strip().splitlines()[0][:120]}", flush=True)
+def first_calls(names) -> None:
+    """Compiles our own kernels meanwhile."""
+    for name in names:
+        if name in FORWARD and clock() < 100:
+            try:
+                assert Case(*FORWARD[name][:3]).tensors
+            except Exception as e:  # the row will say it too
+                print(f"    {name}: {first_line(e)}", flush=True)
+            free()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
-    parser.add_argument("--quick", action="store_true", help="within 4 minutes")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so long")
-    parser.add_argument("--tune", action="store_true", help="time tile sizes instead")
-    parser.add_argument("--kernels", nargs="+", choices=sorted({k for k, _ in CANDIDATES}), help="what to tune")
-    parser.add_argument("--workers", type=int, default=10, help="processes that compile candidates")
-    parser.add_argument("--shard", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="these, in this order")
+    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention, which takes a minute to compile")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no measurement after so long")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU: whether it runs, no figures")
+    parser.add_argument("--warm", choices=WARM, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU")
-    if args.shard:
-        warm(*args.shard, args.kernels)
+    if not DRY and not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU, or --dry")
+    if args.warm:
+        warm(args.warm)
         return
-    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    version = torch.__version__.split("+")[0]
-    name = f"local_attention{'-tune' if args.tune else ''}-{gpu}-torch{version}.csv"
-    report = Report(args.out or Path(__file__).parent / "results" / name)
-    if args.tune:
-        tune(report, args.kernels, args.workers)
-        return
-    for row in args.rows:
-        if time.perf_counter() - START > args.seconds:
-            print(f"{row}: not begun after {args.seconds:.0f} s", flush=True)
-            continue
-        print(row, flush=True)
-        try:
-            run_row(row, report, args.quick)
-        except Exception as e:  # the other rows are still worth having
-            print(f"    {row} failed: {type(e).__name__}: {str(e).strip().splitlines()[0][:300]}", flush=True)
-        free()
+    if DRY and not args.out:
+        parser.error("--dry needs --out: its times are no results")
+    report = Report(args.out or result_path("local_attention"), args.fresh, args.seconds)
+    wanted = [] if args.no_flex else [n for n in WARM if ("flex" if n.startswith("disk") else "nat") in args.rows]
+    warmers = Warmers(__file__, wanted)
+    try:
+        if wanted:
+            first_calls(args.rows)
+            warmers.wait(150 - clock())
+            print(f"  [{clock():5.0f} s] compiled", flush=True)
+        for row in args.rows:
+            try:
+                run_row(row, report, not args.no_flex)
+            except Exception as e:  # the other rows are still worth having
+                print(f"    {row} failed: {first_line(e)}", flush=True)
+            free()
+    finally:
+        warmers.stop()
+    if report.left_out:
+        print(f"{report.left_out} measurements were not begun after {args.seconds:.0f} s: the same command goes on")
+    from local_goals import table
+
+    print(table(report))
 
 
 if __name__ == "__main__":
