@@ -1,5 +1,6 @@
 """configs/detection: every config builds, has the published size, and one of each kind takes a training step."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -20,6 +21,16 @@ FOLDER = Path(__file__).parents[2] / "configs" / "detection"
 FAMILIES = sorted(p.parent.name for p in FOLDER.glob("*/metafile.yml"))
 # the attention of these is not all that a CPU computes: its tiles hold products that no window asks for
 NEIGHBOURHOOD = {"nat", "dinat"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def metafiles_read_once():
+    """mmengine reads a hundred metafiles of mmdet for every ``mmdet::`` in a config."""
+    import mmengine.config.utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmengine.config.utils, "load", functools.cache(mmengine.config.utils.load))
+        yield
 
 
 def test_families():

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn._meta import NoInit
+from visionattn._meta import NoInit, NoResize
 
 __all__ = ["Complexity", "detector_complexity"]
 
@@ -103,7 +103,7 @@ def _build(cfg: Any) -> nn.Module:
 
 
 def _count(model: nn.Module, forward: Any) -> Complexity:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), NoResize(), FlopCounterMode(display=False) as counter:
         forward()
     aten = torch.ops.aten
     by_kind = counter.get_flop_counts()["Global"]

@@ -15,6 +15,8 @@ from timm.models import group_parameters, model_entrypoint
 from timm.optim import auto_group_layers
 from torch import nn
 
+from visionattn._meta import NoResize
+
 __all__ = ["Layers", "Traits", "layers_in", "layers_of", "traits_of"]
 
 # arguments by which timm's models take any image size; the first set that a model's constructor accepts is used
@@ -185,7 +187,7 @@ def _divisor(net: nn.Module, native: tuple[int, int], kwargs: Mapping[str, Any])
 def _deviation(net: nn.Module, size: tuple[int, int], chans: int) -> int | None:
     """By how many cells maps miss the size of the image over their stride, rounded up; None where they can't be had."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), NoResize():
             maps = net(torch.empty(1, chans, *size, device="meta"))
     except Exception:
         return None

@@ -164,12 +164,14 @@ def tiled_attention(
     rows: list[torch.Tensor] = []
     slots: list[torch.Tensor] = []
     cost = heads
+    # on the meta device each step costs PyTorch milliseconds, also of arithmetic on indices
+    device = torch.device("cpu") if q.is_meta else q.device
     for a in range(dims):
-        table = _axis_tables(grid[a], window[a], dilation[a], stride[a], causal[a], q.device)
-        queries.append(table[0])
-        keys.append(table[1])
-        rows.append(table[2])
-        slots.append(table[3])
+        table = _axis_tables(grid[a], window[a], dilation[a], stride[a], causal[a], device)
+        queries.append(table[0].to(q.device))
+        keys.append(table[1].to(q.device))
+        rows.append(table[2].to(q.device))
+        slots.append(table[3].to(q.device))
         cost = cost * table[2].shape[0] * table[2].shape[1] * table[2].shape[2]
     if k.shape[2] != heads:
         k = k.repeat_interleave(heads // k.shape[2], 2)
