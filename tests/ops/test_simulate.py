@@ -1,17 +1,22 @@
 """The simulator against published arithmetic, brute force, and the measured tables of this repository."""
 
+import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from visionattn.cli.main import main
 from visionattn.cli.patterns import parse_pattern
-from visionattn.ops.local import Cross, Disk, Neighborhood
+from visionattn.ops.local import Cross, Disk, Neighborhood, planner
+from visionattn.ops.local.call import make_call
 from visionattn.ops.local.measured import compare_with
-from visionattn.ops.local.simulate import NETWORKS, TILES, Network, mixed_gain, simulate
+from visionattn.ops.local.rates import kernel_of
+from visionattn.ops.local.simulate import NETWORKS, RATES, TILES, Network, mixed_gain, simulate
 from visionattn.plots.patterns import tile_visits
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -166,6 +171,42 @@ def test_measured():
         assert 0.85 < c.ratio < 1.15, c
     with pytest.raises(ValueError, match="is no result of"):
         compare_with(next(RESULTS.glob("halo-*.csv")))
+
+
+# image queries: the rows of benchmarks/local_attention.py that ran with both kernels
+KERNELS = {
+    "w80-s16": ((256, 256), Neighborhood(80, 16), 0),
+    "video": ((30, 48, 80), Neighborhood((18, 24, 24), (2, 8, 8)), 0),
+    "hunyuan": ((33, 45, 80), Neighborhood((18, 24, 24), (2, 8, 8)), 0),
+    "w80-s1": ((256, 256), Neighborhood(80), 0),
+    "w48-s1": ((256, 256), Neighborhood(48), 0),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_of_the_planner(name):
+    """It expects the faster of the two kernels, and its measured time."""
+    (path,) = RESULTS.glob("local_attention-gluon-*.csv")
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["row"] == name and row["what"] == "image queries"]
+    measured = {row["note"].partition(":")[0]: float(row["ms"]) for row in rows}
+    grid, pattern, text = KERNELS[name]
+    x = torch.empty(1, 1, 24, 128, device="meta", dtype=torch.bfloat16).expand(1, math.prod(grid) + text, 24, 128)
+    call = make_call(x, x, x, grid, pattern, text)
+    kernel = kernel_of(call)
+    assert set(measured) == {"gluon", "triton"} and kernel.name == min(measured, key=measured.get)
+    assert planner.predict(call)[0]["triton"] == pytest.approx(measured[kernel.name], rel=0.06)
+
+
+def test_rates_of_windows():
+    """Windows of full tiles take the rates of their own kernel, disks and windows of masks don't."""
+    plain = replace(RATES["h100-eager"], windows=None)
+    for pattern, ratio in ((Neighborhood(80, 16), 0.81), (Disk(16), 1), (Neighborhood(32), 1)):
+        one, two = (
+            simulate((256, 256), pattern, tiles=GNA_TILES, rates=r, raster=None).rows[0].ms
+            for r in ("h100-eager", plain)
+        )
+        assert one / two == pytest.approx(ratio, abs=0.01)
 
 
 def test_command(tmp_path, capsys):

@@ -19,7 +19,10 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     where.add_argument("--grid", type=int, nargs="+", help="tokens: 1 to 3 lengths, as 33 45 80")
     p.add_argument("--network", default="flux.1", help="flux.1, flux.2, qwen-image, hunyuan-video, wan-14b")
     p.add_argument("--text", type=int, help="text tokens; the network's own by default")
-    p.add_argument("--rates", default="h100-eager", help="h100-eager, clear-paper, clear-paper-compiled")
+    p.add_argument(
+        "--rates", help="h100-eager (the default), h100-triton, clear-paper, clear-paper-compiled; with --measured "
+        "the first or second, whichever fits better",
+    )  # fmt: skip
     p.add_argument("--tiles", nargs="+", metavar="QUERY/KEY", help="as 8x16/8x8; the usual ones by default")
     p.add_argument("--batch", type=int, default=1, help="sequences at once")
     p.add_argument("--steps", type=int, default=28, help="denoising steps of a picture")
@@ -69,7 +72,7 @@ def simulate(args: argparse.Namespace) -> Any:
     tiles = None
     if args.tiles:
         tiles = [_pair(text) for text in args.tiles]
-    found = run(grid, pattern, network, tiles, args.rates, args.batch)
+    found = run(grid, pattern, network, tiles, args.rates or "h100-eager", args.batch)
     whole = mixed_gain(args.steps, args.dense_steps, found.best.speedup)
     result = Result(found, args.steps, args.dense_steps, whole)
     if args.picture:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from .counts import visits
-from .patterns import Disk, Grid, Pattern, check_grid
+from .patterns import Disk, Grid, Neighborhood, Pattern, check_grid
+from .rates import GLUON_FULL, GRID, TEXT
 
 Shape = tuple[int, ...]
 
@@ -62,7 +63,11 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """TFLOP/s that a GPU was seen to execute, bfloat16, forward; ``overhead_ms`` comes on top of a sparse layer."""
+    """TFLOP/s that a GPU was seen to execute, bfloat16, forward; ``overhead_ms`` comes on top of a sparse layer.
+
+    ``windows``: instead of ``full`` and ``masked`` for windows in two or three axes of whose tiles at least
+    :data:`~visionattn.ops.local.rates.GLUON_FULL` need no mask, which run with another kernel.
+    """
 
     linear: float
     dense: float
@@ -71,11 +76,31 @@ class Rates:
     text: float
     overhead_ms: float = 0.0
     source: str = ""
+    windows: tuple[float, float] | None = None
+
+    def of(self, pattern: Pattern, axes: int, full: float) -> tuple[float, float]:
+        """Rates of tiles without and with masks, `full` being the share of those without."""
+        if self.windows and isinstance(pattern, Neighborhood) and axes > 1 and full >= GLUON_FULL:
+            return self.windows
+        return self.full, self.masked
 
 
 RATES = {
-    # benchmarks/results/flux-*.csv (the row without attention), local_attention-*.csv
-    "h100-eager": Rates(390, 620, 437, 367, 430, 0.2, "measured, benchmarks/results, NVIDIA H100, torch 2.11, eager"),
+    # benchmarks/results/flux-*.csv (the row without attention), and the rates of rates.py
+    "h100-eager": Rates(
+        390,
+        620,
+        GRID["triton, disk"].full,
+        GRID["triton, disk"].masked,
+        TEXT["cudnn"].full,
+        0.09,
+        "measured, benchmarks/results, NVIDIA H100, torch 2.11, eager",
+        (GRID["gluon"].full, GRID["gluon"].masked),
+    ),
+    # the same with Triton's kernels alone (VISIONATTN_LOCAL_FORWARD and _TEXT), as they were measured first
+    "h100-triton": Rates(
+        390, 620, 437, 367, 430, 0.2, "measured, NVIDIA H100, torch 2.11, eager, Triton's kernels alone"
+    ),
     # CLEAR's published table, least squares; the kernel's rate is an assumption
     "clear-paper": Rates(304, 618, 400, 400, 400, 0.0, "fitted to CLEAR's published times (arXiv 2412.16112)"),
     "clear-paper-compiled": Rates(
@@ -232,7 +257,8 @@ def simulate(
         extra = flop * (pooled + _ceil(text, 64) * n)
         text_rows = flop * text * (n + text)
         tflop = flop * visited * area + extra + text_rows
-        ms = 1e3 * (masked / rates.masked + (tflop - masked - text_rows) / rates.full + text_rows / rates.text)
+        fast, slow = rates.of(pattern, len(grid), full / max(visited, 1))
+        ms = 1e3 * (masked / slow + (tflop - masked - text_rows) / fast + text_rows / rates.text)
         ms += rates.overhead_ms
         return Row(
             query, key, tflop, masked / tflop, dense / tflop,
