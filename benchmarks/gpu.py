@@ -42,7 +42,7 @@ STEPS = [
     Step("tests", 4, f"{PYTEST} 16 {TESTS} tests/models/test_hosts.py"),
     # operators
     Step("aggregated", 3, "python benchmarks/aggregated.py"),
-    Step("local", 4, "python benchmarks/local_attention.py --quick"),
+    Step("local", 5.5, "python benchmarks/local_attention.py --seconds 300"),
     Step("moh-operator", 2, "python benchmarks/moh.py --parts operator"),
     Step("graph", 1, "python benchmarks/graph.py"),
     # networks
