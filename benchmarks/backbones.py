@@ -254,6 +254,7 @@ def measure_in_processes(group: list[tuple], args, device: str, about: dict, dea
                 print(f"{case[0]}: {answer['note']}", flush=True)
             else:
                 ready.append((case, pipe))
+        print(f"{len(ready)} of {len(running)} models are ready, turns begin", flush=True)
         for _ in range(args.rounds):
             for turn in list(ready):
                 case, pipe = turn
