@@ -9,11 +9,12 @@ FlexAttention's kernels are compiled first, in processes of their own. Times are
 (milliseconds). TFLOP/s: "useful" counts pairs that the pattern shows, "executed" pairs in visited tiles, 4 * D FLOP
 each (10 * D backward). natten takes part where it can be imported. Nothing is begun after --seconds.
 Writes benchmarks/results/local_attention-<gpu>-torch<version>.csv line by line (or --out); what is there from the same
-GPU and versions is not measured again without --fresh. The end shows the table of goals.
+GPU, versions and code is not measured again without --fresh. The end shows the table of goals.
 """
 
 import argparse
 import csv
+import hashlib
 import math
 import os
 import re
@@ -110,17 +111,25 @@ def _with_choice(module, name: str, choice: str, run):
         setattr(module, name, before)
 
 
+def code_hash() -> str:
+    """Of the operator's files: lines of other code are not taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fused.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
 class Report:
     """The table: one line of the file for every measurement, written at once."""
 
     COLUMNS = ["row", "what", "implementation", "ms", "useful_tflops", "executed_tflops", "note"]
-    ENVIRONMENT = ["gpu", "torch", "triton", "natten", "visionattn"]
+    ENVIRONMENT = ["gpu", "torch", "triton", "natten", "visionattn", "code"]
 
     def __init__(self, path: Path, fresh: bool = False, seconds: float = math.inf):
         self.seconds, self.left_out = seconds, 0
         self.environment = [
             "CPU" if DRY else torch.cuda.get_device_name(), torch.__version__, triton.__version__,
-            getattr(natten, "__version__", "") if natten else "", visionattn.__version__,
+            getattr(natten, "__version__", "") if natten else "", visionattn.__version__, code_hash(),
         ]  # fmt: skip
         self.known: dict[tuple[str, str, str], dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
