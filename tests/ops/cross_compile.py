@@ -18,7 +18,7 @@ class Recorder:
     """In a kernel's place: takes a launch, and keeps its arguments."""
 
     def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
+        self.kernel, self.launches, self.arg_names = kernel, [], kernel.arg_names
 
     def __getitem__(self, grid):
         return lambda *args, **named: self.launches.append((args, named))
@@ -28,13 +28,13 @@ class Recorder:
 
 
 def _compile(kernel, args, named, capability):
-    options = {k: named[k] for k in ("num_warps", "num_stages") if k in named}
+    options = {k: named[k] for k in ("num_warps", "num_stages", "maxnreg") if k in named}
     constants = {k: v for k, v in named.items() if k not in options}
     values = dict(zip([n for n in kernel.arg_names if n not in constants], args, strict=True))
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = constants.get(name, values.get(name))
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + _NAMES[value.dtype]

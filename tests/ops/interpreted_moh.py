@@ -71,6 +71,27 @@ def test_kernels(case):
     assert (got[gates == 0] == 0).all()
 
 
+def test_items_cover_every_slot_once():
+    """Of each (image, head): queries that chose it in items of at most `parts` x 64, the others' zeros between them."""
+    torch.manual_seed(0)
+    gates = inside_nan((torch.rand(2, 1100, 5) < torch.tensor([0.0, 0.05, 0.5, 0.97, 1.0])).float())
+    for parts in (2, 3):
+        order, work, items = fused.list_tokens(gates, parts)
+        work = work[: int(items)]
+        for pair, (row, chosen) in enumerate(
+            zip(order.flatten(0, 1), gates.transpose(1, 2).flatten(0, 1), strict=True)
+        ):
+            count = int(chosen.sum())
+            assert torch.equal(row[:count].long(), chosen.nonzero().flatten())
+            assert torch.equal(row[count:].sort().values.long(), (chosen == 0).nonzero().flatten())
+            queries, zeros = [], []
+            for _, first, end, begin, stop in work[work[:, 0] == pair].tolist():
+                assert first % 64 == 0 and end - first <= 64 * parts
+                queries += range(first, end)
+                zeros += range(begin, stop)
+            assert sorted(queries) == list(range(count)) and sorted(zeros) == list(range(count, 1100))
+
+
 def test_operator():
     q, k, v, gates, scale, _ = problem("keys that fit")
     torch.use_deterministic_algorithms(False)

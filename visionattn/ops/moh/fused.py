@@ -16,7 +16,7 @@ class Tiles:
     """Queries and keys of a tile, warps, pipeline stages.
 
     halves: the last tile of a head's queries is cut to half where that holds them. tma: keys and values are read
-    through descriptors, where their strides allow it.
+    through descriptors, where their strides allow it. registers: at most so many a thread.
     """
 
     queries: int
@@ -25,6 +25,7 @@ class Tiles:
     stages: int
     halves: bool = True
     tma: bool = False
+    registers: int | None = None
 
 
 def split_channels(dim: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
@@ -75,20 +76,30 @@ def describe(x: torch.Tensor, keys: int, channels: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, keys, 1, channels])
 
 
-def list_tokens(gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, heads, N) int32: a head's tokens, those that chose it first; and their number, (B, heads) int32."""
+def list_tokens(gates: torch.Tensor, parts: int = 0) -> tuple[torch.Tensor, ...]:
+    """Two of int32: (B, heads, N), a head's tokens, those that chose it first; and their number, (B, heads).
+
+    With `parts`, in place of the number items of up to parts x 64 queries, (most, 5), and their number, (1,): what
+    kernels._schedule writes.
+    """
     B, N, heads = gates.shape
     order = torch.empty((B, heads, N), dtype=torch.int32, device=gates.device)
-    count = torch.empty((B, heads), dtype=torch.int32, device=gates.device)
+    count = work = items = None
+    if parts:
+        most = B * heads * max(1, triton.cdiv(triton.cdiv(N, 64), parts))
+        work = torch.empty((most, 5), dtype=torch.int32, device=gates.device)
+        items = torch.zeros(1, dtype=torch.int32, device=gates.device)
+    else:
+        count = torch.empty((B, heads), dtype=torch.int32, device=gates.device)
     together = min(4, triton.next_power_of_2(heads))
     groups = triton.cdiv(heads, together)
     chunk = min(1024, triton.next_power_of_2(N))
     with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
         kernels.partition[(B * groups,)](
-            gates, order, count, *gates.stride(), N, heads, groups, CHUNK=chunk, HEADS=together,
-            num_warps=8 if chunk > 256 else 4,
+            gates, order, count, work, items, *gates.stride(), N, heads, groups, CHUNK=chunk, HEADS=together,
+            PARTS=parts, num_warps=8 if chunk > 256 else 4,
         )  # fmt: skip
-    return order, count
+    return (order, work, items) if parts else (order, count)
 
 
 def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None, listed=None) -> torch.Tensor:
@@ -118,6 +129,7 @@ def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None, listed=Non
             N, M, heads, per_head, scale * math.log2(math.e),
             D=dim, D1=first, D2=rest, BM=tiles.queries, BN=tiles.keys, PREC=precision, UNIT=unit, TMA=tma,
             HALVES=tiles.halves and tiles.queries > 16, num_warps=tiles.warps, num_stages=tiles.stages,
+            maxnreg=tiles.registers,
         )  # fmt: skip
     return out
 

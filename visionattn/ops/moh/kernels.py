@@ -4,14 +4,40 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _schedule(WORK, ITEMS, pair, there, count, N, PARTS: tl.constexpr):
+    """Appends items of up to PARTS x 64 queries: pair, first slot and end of queries, first slot and end of zeros.
+
+    The 64s of a pair are spread evenly over its items, and so are the tokens that did not choose the head. Which item
+    stands where varies between runs, what it says does not.
+    """
+    units = tl.cdiv(count, 64)
+    items = tl.where(there, tl.maximum(tl.cdiv(units, PARTS), 1), 0)
+    before = tl.atomic_add(ITEMS, tl.sum(items, 0)) + tl.cumsum(items, 0) - items
+    share = tl.cdiv(N - count, tl.maximum(items, 1))[None]
+    for start in range(0, tl.max(items, 0), 16):
+        item = start + tl.arange(0, 16)[:, None]
+        inside = item < items[None]
+        some = tl.maximum(items, 1)[None]
+        first = item * units[None] // some * 64
+        end = tl.minimum((item + 1) * units[None] // some * 64, count[None])
+        at = WORK + (before[None] + item) * 5
+        tl.store(at, tl.broadcast_to(pair[None], first.shape), mask=inside)
+        tl.store(at + 1, first, mask=inside)
+        tl.store(at + 2, end, mask=inside)
+        tl.store(at + 3, tl.minimum(count[None] + item * share, N), mask=inside)
+        tl.store(at + 4, tl.minimum(count[None] + (item + 1) * share, N), mask=inside)
+
+
 @triton.jit(do_not_specialize=["N", "heads", "groups"])
 def partition(
-    G, ORDER, COUNT, gb, gn, gh, N, heads, groups,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    G, ORDER, COUNT, WORK, ITEMS, gb, gn, gh, N, heads, groups,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one image: for each a permutation of the tokens, and how many have a gate that is not 0.
 
-    Those come first, in order; the others behind them, the last one first.
+    Those come first, in order; the others behind them, the last one first. With PARTS, :func:`_schedule` in place of
+    the numbers.
     """
     image = (tl.program_id(0) // groups).to(tl.int64)
     head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
@@ -27,7 +53,10 @@ def partition(
         slot = tl.where(chosen, upto - 1, N - 1 - token + upto)
         tl.store(order + slot, tl.broadcast_to(token, slot.shape), mask=inside)
         total += tl.sum(chosen.to(tl.int32), 0)
-    tl.store(COUNT + image * heads + head, total, mask=head < heads)
+    if PARTS > 0:
+        _schedule(WORK, ITEMS, image.to(tl.int32) * heads + head, head < heads, total, N, PARTS)
+    else:
+        tl.store(COUNT + image * heads + head, total, mask=head < heads)
 
 
 @triton.jit

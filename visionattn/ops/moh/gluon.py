@@ -1,0 +1,112 @@
+"""Launches the Gluon kernel of kernels_hopper.py: mixture-of-head attention on GPUs of compute capability 9.0."""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from . import fused
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Warpgroups of 64 queries, keys of a tile, tiles in flight; registers per thread: warpgroups', loading warp's.
+
+    programs: of one multiprocessor.
+    """
+
+    groups: int = 2
+    keys: int = 128
+    stages: int = 3
+    registers: tuple[int, int] = (240, 24)
+    programs: int = 1
+
+    @property
+    def cap(self) -> int:
+        """What ptxas is told: registers of a thread before the warps part."""
+        threads = 128 * (self.groups + 1) * self.programs  # the loading warp gets the registers of four
+        return min(256, 65536 // threads) // 8 * 8
+
+
+SETTING = Setting()
+# Versions of triton with which it ran: it compiles for others too, but a deadlock could not be caught.
+MEASURED = ()
+failed: list[str] = []
+
+
+def reason(q, k, v) -> str | None:
+    """Why the kernel can't run on these arguments, or None."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.shape[3] not in (64, 72, 80):
+        return f"needs heads of 64, 72 or 80 channels, got {q.shape[3]}"
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return "needs a token"
+    if not all(x.stride(-1) == 1 and fused.suits_descriptor(x) for x in (q, k, v)):
+        return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    if triton.knobs.runtime.interpret:
+        return "Gluon has no interpreter"
+    try:
+        from . import kernels_hopper  # noqa: F401
+    except Exception as e:  # Gluon is experimental: names move between versions
+        return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
+    return None
+
+
+def give_up(error: Exception) -> None:
+    """Remembers, and says once, that the kernel does not run here: the Triton kernel does instead."""
+    lines = str(error).strip().splitlines() or [""]
+    failed.append(f"{type(error).__name__}: {lines[0][:300]}")
+    if len(failed) == 1:
+        warnings.warn(f"moh_attention runs Triton's kernel, not Gluon's, which failed: {failed[0]}", stacklevel=2)
+
+
+def _describe(x: torch.Tensor, keys: int, channels: int):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    found = fused.describe(x, keys, channels)
+    element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(found.block_shape, element)
+    return TensorDescriptor(x, found.shape, found.strides, found.block_shape, layout)
+
+
+def launch_arguments(q, k, v, gates, out, order, work, items, scale: float, setting: Setting):
+    """Positional and named arguments of the kernel, without the warps."""
+    N, heads, dim = q.shape[1:]
+    narrow = (_describe(k, setting.keys, 16), _describe(v, setting.keys, 16)) if dim > 64 else (None, None)
+    unit = 16 // q.element_size()
+    strides = [[s // unit for s in x.stride()[:3]] for x in (q, out)]
+    args = (
+        q, _describe(k, setting.keys, 64), _describe(v, setting.keys, 64), *narrow, gates, out, order, work, items,
+        *strides[0], *gates.stride(), *strides[1], N, k.shape[1], heads, scale * math.log2(math.e),
+    )  # fmt: skip
+    named = dict(
+        D=dim, D1=64, BN=setting.keys, GROUPS=setting.groups, STAGES=setting.stages, UNIT=unit,
+        REGISTERS=setting.registers,
+    )  # fmt: skip
+    return args, named
+
+
+def forward(q, k, v, gates, scale: float, setting: Setting = SETTING, listed=None) -> torch.Tensor:
+    """(B, N, H, D), as fused.forward. `listed`: what fused.list_tokens(gates, setting.groups) returned."""
+    from . import kernels_hopper
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    order, work, items = listed or fused.list_tokens(gates, setting.groups)
+    args, named = launch_arguments(q, k, v, gates, out, order, work, items, scale, setting)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(len(work), setting.programs * processors)
+    with torch.cuda.device(q.device):
+        kernels_hopper.forward_kernel[(programs,)](*args, **named, num_warps=4, maxnreg=setting.cap)
+    return out

@@ -1,0 +1,389 @@
+# ruff: noqa: RUF059 -- tuples of arguments are unpacked whole
+"""Gluon: mixture-of-head attention at inference on Hopper GPUs (compute capability 9.0), after FlashAttention-3.
+
+One warp loads tiles of keys and values through tensor descriptors into a ring in shared memory; two or three warpgroups
+have 64 queries each, which they gather by cp.async. The product of queries and the next keys is issued before that of
+probabilities and values, and the softmax of the first runs while the second does (Shah et al., "FlashAttention-3",
+arXiv 2407.08608, section 3.2). As many programs as multiprocessors go through the items of kernels.schedule.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name from triton 3.8 on
+
+
+@gluon.jit
+def _as(buf, desc):
+    """A 2-D buffer with the shape of a descriptor's block: the same bytes."""
+    return buf._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def read_item(work, item):
+    """(image, head), the first query's slot, and the end of the slots whose tokens chose the head."""
+    at = work + item * 5
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
+
+
+@gluon.jit
+def read_tokens(order, pair, slot, end, N):
+    return gl.load(order + pair.to(gl.int64) * N + slot, mask=slot < end, other=0)
+
+
+@gluon.jit
+def copy_queries(q_ptr, strides, pair, heads, token, live, q, q2, D: gl.constexpr, UNIT: gl.constexpr,
+                 rest: gl.constexpr):  # fmt: skip
+    """Starts to gather 64 queries; rows that are not live become 0."""
+    qb, qn, qh = strides
+    q_ptr += ((pair // heads).to(gl.int64) * qb + (pair % heads) * qh) * UNIT
+    D1: gl.constexpr = q.shape[1]
+    channel = gl.arange(0, D1, layout=gl.SliceLayout(0, token.type.layout.parent))
+    at = token[:, None] * (qn * UNIT) + channel[None, :]
+    async_copy.async_copy_global_to_shared(q, q_ptr + at, mask=live[:, None] & (channel < D)[None, :])
+    if D > D1:
+        token = gl.convert_layout(token, gl.SliceLayout(1, rest))
+        live = gl.convert_layout(live, gl.SliceLayout(1, rest))
+        channel = D1 + gl.arange(0, 16, layout=gl.SliceLayout(0, rest))
+        at = token[:, None] * (qn * UNIT) + channel[None, :]
+        async_copy.async_copy_global_to_shared(q2, q_ptr + at, mask=live[:, None] & (channel < D)[None, :])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def softmax(s, row_max, row_sum, qk_scale):
+    """Probabilities, and the running maximum, sum and factor of what was before."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * qk_scale)
+    p = gl.exp2(s * qk_scale - new_max[:, None])
+    rescale = gl.exp2(row_max - new_max)
+    return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
+
+
+@gluon.jit
+def multiply_keys(queries, keys, slot, mma_s: gl.constexpr, REST: gl.constexpr):
+    """Issues the product of queries and a tile of keys."""
+    q, q2 = queries
+    k_bufs, k2_bufs = keys
+    BN: gl.constexpr = k_bufs.shape[1]
+    s = gl.zeros([64, BN], gl.float32, mma_s)
+    s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    if REST:
+        s = warpgroup_mma(q2, k2_bufs.index(slot).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def multiply_values(p, values, slot, acc, acc2, mma_o2: gl.constexpr, REST: gl.constexpr):
+    """Issues the product of probabilities and a tile of values."""
+    v_bufs, v2_bufs = values
+    acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
+    if REST:
+        p2 = gl.convert_layout(p, gl.DotOperandLayout(0, mma_o2, 2))
+        acc2 = warpgroup_mma(p2, v2_bufs.index(slot), acc2, is_async=True)
+    return acc, acc2
+
+
+@gluon.jit
+def step(ring, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, CONST: gl.constexpr):
+    """Visits tile `ring` of the loads: its logits, and meanwhile the product of p and the values of the tile before."""
+    STAGES: gl.constexpr = CONST[0]
+    mma_s: gl.constexpr = CONST[1]
+    mma_o: gl.constexpr = CONST[2]
+    mma_o2: gl.constexpr = CONST[3]
+    REST: gl.constexpr = CONST[4]
+    k_full, v_full, k_empty, v_empty = bars
+    slot, phase = ring % STAGES, ring // STAGES & 1
+    old_slot = (ring - 1) % STAGES
+
+    mbarrier.wait(k_full.index(slot), phase)
+    s = multiply_keys(queries, keys, slot, mma_s, REST)
+    acc, acc2 = multiply_values(p, values, old_slot, acc, acc2, mma_o2, REST)
+    if REST:
+        s = warpgroup_mma_wait(2, deps=[s])
+    else:
+        s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(slot))
+    new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale)
+    new = gl.convert_layout(new.to(p.dtype), p.type.layout)
+    # This wait for the values of the next step ends a basic block: without it ptxas moves the exponentials behind the
+    # wait for the product that they are to run beside.
+    mbarrier.wait(v_full.index(slot), phase)
+    if REST:
+        acc, acc2, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, acc2, p, new, row_sum])
+    else:
+        acc, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, p, new, row_sum])
+    mbarrier.arrive(v_empty.index(old_slot))
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o))[:, None]
+    if REST:
+        acc2 = acc2 * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o2))[:, None]
+    return new, acc, acc2, row_max, row_sum
+
+
+@gluon.jit
+def store_rows(out, token, inside, acc, factor, on, first: gl.constexpr, D: gl.constexpr, rows: gl.constexpr):
+    """Writes acc * factor at channels from `first` on."""
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    acc = gl.convert_layout(acc.to(out.dtype.element_ty), rows)
+    token = gl.convert_layout(token, gl.SliceLayout(1, rows))
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, rows))
+    SIZE: gl.constexpr = acc.shape[1]
+    channel = first + gl.arange(0, SIZE, layout=gl.SliceLayout(0, rows))
+    gl.store(out + token[:, None] * on + channel[None, :], acc, mask=inside[:, None] & (channel < D)[None, :])
+
+
+@gluon.jit
+def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: gl.constexpr):
+    """A warpgroup: logits, softmax, output of its 64 queries of each item."""
+    q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
+    k_full, v_full, k_empty, v_empty = bars
+    q_ptr, g_ptr, out, order, work, total_ptr = pointers
+    q_strides, g_strides, o_strides = strides
+    N, M, heads, qk_scale = numbers
+    D: gl.constexpr = CONST[0]
+    STAGES: gl.constexpr = CONST[1]
+    UNIT: gl.constexpr = CONST[2]
+    REST: gl.constexpr = CONST[3]
+    D1: gl.constexpr = q_bufs.shape[2]
+    BN: gl.constexpr = k_bufs.shape[1]
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    mma_o2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_o, 2)
+    lanes: gl.constexpr = D1 // 8  # 16 bytes each
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    rest: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    S: gl.constexpr = (STAGES, mma_s, mma_o, mma_o2, REST)
+    q = q_bufs.index(WHICH)
+    q2 = q2_bufs.index(WHICH)
+    queries = (q, q2)
+    keys = (k_bufs, k2_bufs)
+    values = (v_bufs, v2_bufs)
+    gb, gn, gh = g_strides
+    ob, on, oh = o_strides
+    row = WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, rows))
+    mma_row = WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
+    key = gl.arange(0, BN, layout=gl.SliceLayout(0, mma_s))
+    tiles = (M + BN - 1) // BN
+    total = gl.load(total_ptr)
+    item = gl.program_id(0)
+    pair, first, end = read_item(work, gl.minimum(item, total - 1))
+    token = read_tokens(order, pair, first + row, end, N)
+    copy_queries(q_ptr, q_strides, pair, heads, token, first + row < end, q, q2, D, UNIT, rest)
+    ring = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        # the next item's queries are on the way while this item ends
+        next_pair, next_first, next_end = read_item(work, gl.minimum(item + gl.num_programs(0), total - 1))
+        if first + WHICH * 64 < end:
+            async_copy.wait_group(0)
+            fence_async_shared()
+            thread_barrier()
+            slot, phase = ring % STAGES, ring // STAGES & 1
+            mbarrier.wait(k_full.index(slot), phase)
+            s = multiply_keys(queries, keys, slot, mma_s, REST)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(slot))
+            # the last tile comes first: only it may be partial
+            s = gl.where((key < M - (tiles - 1) * BN)[None, :], s, -float("inf"))
+            row_max = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, mma_s))
+            row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, mma_s))
+            p, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale)
+            p = gl.convert_layout(p.to(q.dtype), p_layout)
+            acc = gl.zeros([64, D1], gl.float32, mma_o)
+            acc2 = gl.zeros([64, 16], gl.float32, mma_o2)
+            mma_token = read_tokens(order, pair, first + mma_row, end, N)
+            gates = g_ptr + (pair // heads).to(gl.int64) * gb + (pair % heads) * gh
+            gate = gl.load(gates + mma_token * gn, mask=first + mma_row < end, other=0.0).to(gl.float32)
+            mbarrier.wait(v_full.index(slot), phase)
+            for i in range(1, tiles):
+                p, acc, acc2, row_max, row_sum = step(
+                    ring + i, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, S
+                )
+            slot = (ring + tiles - 1) % STAGES
+            acc, acc2 = multiply_values(p, values, slot, acc, acc2, mma_o2, REST)
+            thread_barrier()  # all warps have read their queries
+            next_token = read_tokens(order, next_pair, next_first + row, next_end, N)
+            copy_queries(
+                q_ptr, q_strides, next_pair, heads, next_token, next_first + row < next_end, q, q2, D, UNIT, rest
+            )
+            if REST:
+                acc, acc2, p = warpgroup_mma_wait(0, deps=[acc, acc2, p])
+            else:
+                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            mbarrier.arrive(v_empty.index(slot))
+            factor = gate / row_sum
+            token = read_tokens(order, pair, first + row, end, N)
+            o_ptr = out + ((pair // heads).to(gl.int64) * ob + (pair % heads) * oh) * UNIT
+            store_rows(o_ptr, token, first + row < end, acc, factor, on * UNIT, 0, D, rows)
+            if REST:
+                store_rows(o_ptr, token, first + row < end, acc2, factor, on * UNIT, D1, D, rest)
+            ring += tiles
+        else:
+            if first < end:
+                for i in range(0, tiles):
+                    slot, phase = (ring + i) % STAGES, (ring + i) // STAGES & 1
+                    mbarrier.wait(k_full.index(slot), phase)
+                    mbarrier.arrive(k_empty.index(slot))
+                    mbarrier.wait(v_full.index(slot), phase)
+                    mbarrier.arrive(v_empty.index(slot))
+                ring += tiles
+            async_copy.wait_group(0)
+            thread_barrier()
+            next_token = read_tokens(order, next_pair, next_first + row, next_end, N)
+            copy_queries(
+                q_ptr, q_strides, next_pair, heads, next_token, next_first + row < next_end, q, q2, D, UNIT, rest
+            )
+        pair, first, end = next_pair, next_first, next_end
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def clear(out, order, on, begin, end, D: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr):
+    """Writes 0 for the tokens of ROWS slots from `begin` on; by one warp."""
+    lanes: gl.constexpr = D1 // 8
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
+    slot = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
+    token = gl.load(order + slot, mask=slot < end, other=0)
+    at = out + token[:, None] * on
+    inside = (slot < end)[:, None]
+    channel = gl.arange(0, D1, layout=gl.SliceLayout(0, rows))
+    zero = gl.zeros([ROWS, D1], out.dtype.element_ty, rows)
+    gl.store(at + channel[None, :], zero, mask=inside & (channel < D)[None, :])
+    if D > D1:
+        channel += D1
+        gl.store(at + channel[None, :], zero, mask=inside & (channel < D)[None, :])
+
+
+@gluon.jit
+def produce(bufs, bars, descs, pointers, strides, numbers, CONST: gl.constexpr):
+    """The loading warp; it also writes the zeros of tokens that did not choose the head."""
+    q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
+    k_full, v_full, k_empty, v_empty = bars
+    k_desc, v_desc, k2_desc, v2_desc = descs
+    q_ptr, g_ptr, out, order, work, total_ptr = pointers
+    q_strides, g_strides, o_strides = strides
+    N, M, heads, qk_scale = numbers
+    ob, on, oh = o_strides
+    D: gl.constexpr = CONST[0]
+    STAGES: gl.constexpr = CONST[1]
+    UNIT: gl.constexpr = CONST[2]
+    REST: gl.constexpr = CONST[3]
+    ROWS: gl.constexpr = 32
+    D1: gl.constexpr = q_bufs.shape[2]
+    BN: gl.constexpr = k_bufs.shape[1]
+    BYTES: gl.constexpr = BN * (D1 + (16 if REST else 0)) * 2
+    tiles = (M + BN - 1) // BN
+    total = gl.load(total_ptr)
+    ring = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        pair, first, end = read_item(work, item)
+        at = gl.load(work + item * 5 + 3)
+        last = gl.load(work + item * 5 + 4)
+        image, head = pair // heads, pair % heads
+        rows = order + pair.to(gl.int64) * N
+        o_ptr = out + (image.to(gl.int64) * ob + head * oh) * UNIT
+        if first < end:
+            for i in range(0, tiles):
+                slot, phase = ring % STAGES, ring // STAGES & 1
+                start = gl.where(i == 0, tiles - 1, i - 1) * BN
+                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+                mbarrier.expect(k_full.index(slot), BYTES)
+                tma.async_copy_global_to_shared(
+                    k_desc, [image, start, head, 0], k_full.index(slot), _as(k_bufs.index(slot), k_desc)
+                )
+                if REST:
+                    tma.async_copy_global_to_shared(
+                        k2_desc, [image, start, head, D1], k_full.index(slot), _as(k2_bufs.index(slot), k2_desc)
+                    )
+                mbarrier.wait(v_empty.index(slot), phase ^ 1)
+                mbarrier.expect(v_full.index(slot), BYTES)
+                tma.async_copy_global_to_shared(
+                    v_desc, [image, start, head, 0], v_full.index(slot), _as(v_bufs.index(slot), v_desc)
+                )
+                if REST:
+                    tma.async_copy_global_to_shared(
+                        v2_desc, [image, start, head, D1], v_full.index(slot), _as(v2_bufs.index(slot), v2_desc)
+                    )
+                if at < last:
+                    clear(o_ptr, rows, on * UNIT, at, last, D, D1, ROWS)
+                    at += ROWS
+                ring += 1
+        for begin in range(at, last, ROWS):
+            clear(o_ptr, rows, on * UNIT, begin, last, D, D1, ROWS)
+
+
+NUMBERS = ["qb", "qn", "qh", "gb", "gn", "gh", "ob", "on", "oh", "N", "M", "heads"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def forward_kernel(
+    q_ptr, k_desc, v_desc, k2_desc, v2_desc, g_ptr, out, order, work, total,
+    qb, qn, qh, gb, gn, gh, ob, on, oh, N, M, heads, qk_scale,
+    D: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    UNIT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """GROUPS warpgroups; REGISTERS: of the threads of the second and third one, and of the loading warp.
+
+    Strides of q and out come in units of UNIT elements, 16 bytes.
+    """
+    REST: gl.constexpr = D > D1
+    dtype: gl.constexpr = k_desc.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_bufs = gl.allocate_shared_memory(dtype, [GROUPS, 64, D1], gl.NVMMASharedLayout.get_default_for([64, D1], dtype))
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D1], dtype)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], wide)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], wide)
+    if REST:
+        narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 16], dtype)
+        q2_bufs = gl.allocate_shared_memory(
+            dtype, [GROUPS, 64, 16], gl.NVMMASharedLayout.get_default_for([64, 16], dtype)
+        )
+        k2_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, 16], narrow)
+        v2_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, 16], narrow)
+    else:
+        q2_bufs = q_bufs  # not used
+        k2_bufs = k_bufs
+        v2_bufs = v_bufs
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    fence_async_shared()
+    bufs = (q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs)
+    bars = (k_full, v_full, k_empty, v_empty)
+    descs = (k_desc, v_desc, k2_desc, v2_desc)
+    pointers = (q_ptr, g_ptr, out, order, work, total)
+    strides = ((qb, qn, qh), (gb, gn, gh), (ob, on, oh))
+    numbers = (N, M, heads, qk_scale)
+    CONST: gl.constexpr = (D, STAGES, UNIT, REST)
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (consume, (0, bufs, bars, pointers, strides, numbers, CONST)),
+                (consume, (1, bufs, bars, pointers, strides, numbers, CONST)),
+                (consume, (2, bufs, bars, pointers, strides, numbers, CONST)),
+                (produce, (bufs, bars, descs, pointers, strides, numbers, CONST)),
+            ],
+            [4, 4, 1], [REGISTERS[0], REGISTERS[0], REGISTERS[1]],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, bufs, bars, pointers, strides, numbers, CONST)),
+                (consume, (1, bufs, bars, pointers, strides, numbers, CONST)),
+                (produce, (bufs, bars, descs, pointers, strides, numbers, CONST)),
+            ],
+            [4, 1], [REGISTERS[0], REGISTERS[1]],
+        )  # fmt: skip
