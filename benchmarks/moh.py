@@ -1,10 +1,12 @@
 """Mixture-of-head attention at inference against dense fused attention, and whole networks.
 
     python benchmarks/moh.py                        # operator, DiT and MoH-ViT, about 8 minutes on an H100
-    python benchmarks/moh.py --parts operator --tune
+    python benchmarks/moh.py --parts operator --seconds 60     # stops after a minute, keeps what it has
+    python benchmarks/moh.py --tune --seconds 100   # other tiles, each checked first in a process of its own
 
 The operator's times are GPU times of CUDA graphs (of events where a backend cannot be captured), medians over runs in
-turns, after outputs agree. `dense` is PyTorch's scaled_dot_product_attention alone, without gates.
+turns, after outputs agree. `dense` is PyTorch's scaled_dot_product_attention alone, without gates; at 1024 tokens the
+kernels are timed one by one too, beside a memset of the output.
 Writes benchmarks/results/moh-<gpu>-torch<version>.csv (or --out), and prints a table.
 """
 
@@ -14,6 +16,10 @@ import gc
 import itertools
 import re
 import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import timm
@@ -23,7 +29,7 @@ import triton
 
 import visionattn
 from visionattn.layers.moh import pop_aux_loss, split_heads
-from visionattn.ops.moh import fused, moh_attention, top_k_gates
+from visionattn.ops.moh import fused, gluon, moh_attention, top_k_gates
 
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 HEADS = {"16 x 64": (16, 64), "16 x 72": (16, 72), "32 x 64": (32, 64)}
@@ -87,44 +93,142 @@ def agree(got, expected, what: str, limit: float = 0.02) -> None:
         raise RuntimeError(f"{what}: outputs differ by {error:.3g}, so nothing is timed")
 
 
+def run_candidate(name: str, q, k, v, gates, listed=None):
+    """`triton:` and the numbers of fused.Tiles (registers 0 for None), or `gluon:` and those of gluon.Setting.
+
+    Without numbers: what the library takes.
+    """
+    kind, _, numbers = name.partition(":")
+    numbers = [int(x) for x in numbers.split(",") if x]
+    scale = q.shape[-1] ** -0.5
+    if kind == "triton":
+        tiles = None
+        if numbers:
+            tiles = fused.Tiles(*numbers[:4], bool(numbers[4]), bool(numbers[5]), numbers[6] or None)
+        return fused.forward(q, k, v, gates, scale, tiles, listed)
+    setting = gluon.SETTING
+    if numbers:
+        setting = gluon.Setting(*numbers[:3], tuple(numbers[3:5]), numbers[5])
+    return gluon.forward(q, k, v, gates, scale, setting, listed)
+
+
+@torch.no_grad()
+def check_candidate(name: str, dim: int) -> None:
+    """Raises unless the kernel is right, also on odd sizes and heads nobody or everybody chose, and the same twice."""
+    for batch, tokens, keys, heads, share in ((2, 777, 777, 5, 0.4), (1, 40, 300, 3, 0.5), (8, 1024, 1024, 16, 0.6)):
+        torch.manual_seed(0)
+        q = torch.randn(batch, tokens, heads, dim, device="cuda").bfloat16()
+        k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda").bfloat16().unbind(2)
+        gates = torch.rand(batch, tokens, heads, device="cuda") + 0.5
+        gates = gates * (torch.rand(batch, tokens, heads, device="cuda") < share)
+        gates[..., 0], gates[..., 1] = 0.0, 1.0
+        expected = moh_attention(q.float(), k.float(), v.float(), gates, backend="dense")
+        for _ in range(3):
+            got = run_candidate(name, q, k, v, gates)
+            agree(got, expected, f"{name} at {batch} x {tokens}", 0.006)
+            if not torch.equal(got, run_candidate(name, q, k, v, gates)) or got[gates == 0].any():
+                raise RuntimeError(
+                    f"{name} at {batch} x {tokens}: differs between runs, or is not 0 where nobody looks"
+                )
+
+
+def pieces(q, k, v, gates, kinds) -> dict:
+    """The kernels one by one."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    found = {"memset of the output": out.zero_}
+    for kind in kinds:
+        parts = gluon.SETTING.groups if kind == "gluon" else 0
+        listed = fused.list_tokens(gates, parts)
+        found[f"{kind}: list"] = lambda p=parts: fused.list_tokens(gates, p)
+        found[f"{kind}: attention"] = lambda n=kind, listed=listed: run_candidate(n, q, k, v, gates, listed)
+    return found
+
+
 @torch.no_grad()
 def bench_operator(args, report) -> None:
-    for (label, (heads, dim)), active, tokens in itertools.product(HEADS.items(), ACTIVE, args.tokens):
-        for skew in (0.0, 1.0) if (tokens, active) in ((1024, 0.75), (4096, 0.75)) else (0.0,):
+    kinds = [k for k in ("triton", "gluon") if k in args.implementations]
+    for kind, dim in itertools.product(list(kinds), {HEADS[h][1] for h in args.heads}):
+        error = in_process(kind, dim)
+        if error:
+            print(f"{kind}, {dim} channels: {error}", flush=True)
+            kinds = [k for k in kinds if k != kind]
+    for active, tokens, label in itertools.product(ACTIVE, args.tokens, args.heads):
+        heads, dim = HEADS[label]
+        for skew in (0.0, 1.0) if args.skew and (tokens, active) in ((1024, 0.75), (4096, 0.75)) else (0.0,):
+            if time.time() > args.until:
+                return print("out of time", flush=True)
             q, k, v, gates = problem(tokens, heads, dim, active, skew, args.batch_tokens)
+            calls = {"dense": lambda q=q, k=k, v=v: dense(q, k, v)}
+            for name in [n for n in ("dense, gates", "gather") if n in args.implementations]:
+                backend = name.partition(",")[0]
+                calls[name] = lambda b=backend, q=q, k=k, v=v, g=gates: moh_attention(q, k, v, g, backend=b)
+            for name in kinds:
+                calls[name] = lambda n=name, q=q, k=k, v=v, g=gates: run_candidate(n, q, k, v, g)
+            expected = dense(q, k, v) * gates.unsqueeze(-1).bfloat16()
+            for name in list(calls)[1:]:
+                agree(calls[name](), expected, f"{name} at {tokens} tokens")
+            if (tokens, active) == (1024, 0.75):
+                calls |= pieces(q, k, v, gates, kinds)
             runs, how = {}, {}
-            for name in ("dense", "dense, gates", "gather", "triton"):
-                if name == "dense":
-                    run = lambda q=q, k=k, v=v: dense(q, k, v)  # noqa: E731
-                else:
-                    backend = "dense" if name == "dense, gates" else name
-                    run = lambda b=backend, q=q, k=k, v=v, g=gates: moh_attention(q, k, v, g, backend=b)  # noqa: E731
-                    agree(run(), dense(q, k, v) * gates.unsqueeze(-1).bfloat16(), f"{name} at {tokens} tokens")
-                runs[name], how[name] = captured(run)
+            for name, call in calls.items():
+                runs[name], how[name] = captured(call)
             what = f"{label}, {len(q)} x {tokens}" + (", skewed" if skew else "")
             report("operator", what, active, in_turns(runs), "dense", how)
-            del runs, q, k, v, gates
+            del calls, runs, expected, q, k, v, gates
             gc.collect()
             torch.cuda.empty_cache()
 
 
+CANDIDATES = {
+    64: (
+        "triton:128,64,4,3,1,1,0", "triton:128,64,4,3,0,1,0", "triton:128,64,4,3,1,0,0", "triton:128,64,4,4,1,1,0",
+        "triton:128,64,4,3,1,1,168", "triton:128,64,4,2,0,1,168", "triton:128,128,8,2,1,1,0",
+        "triton:128,128,8,2,0,1,128", "triton:128,64,8,3,0,1,0", "triton:64,64,4,3,0,1,128",
+        "gluon:2,128,2,240,24,1", "gluon:2,128,3,240,24,1", "gluon:2,128,2,232,40,1", "gluon:3,64,4,160,32,1",
+        "gluon:3,128,2,160,32,1", "gluon:2,64,4,240,24,1", "gluon:2,64,3,104,24,2",
+    ),
+    72: (
+        "triton:128,64,8,2,0,1,0", "triton:128,64,4,2,0,1,0", "triton:128,64,8,2,1,1,128", "gluon:2,128,2,240,24,1",
+        "gluon:2,128,3,240,24,1", "gluon:3,64,4,160,32,1", "gluon:2,64,4,240,24,1",
+    ),
+}  # fmt: skip
+
+
+def in_process(name: str, dim: int) -> str:
+    """'' if the kernel passes :func:`check_candidate`; a process of its own, since a deadlock could not be ended."""
+    command = [sys.executable, __file__, "--check", name, "--dim", str(dim)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired:
+        return "did not end"
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["failed"])[-1][:300]
+
+
 @torch.no_grad()
 def tune(args) -> None:
-    """Times of other tiles, for visionattn/ops/moh/fused.py."""
-    for (heads, dim), tokens in itertools.product(((16, 64), (16, 72)), (1024, 4096)):
-        q, k, v, gates = problem(tokens, heads, dim, 0.75, 0.0, args.batch_tokens)
+    """Times of other tiles, for visionattn/ops/moh/fused.py and gluon.py."""
+    candidates = [(name, dim) for dim in args.dims for name in CANDIDATES[dim]]
+    with ThreadPoolExecutor(12) as pool:
+        errors = dict(zip(candidates, pool.map(lambda c: in_process(*c), candidates), strict=True))
+    for (name, dim), error in errors.items():
+        if error:
+            print(f"{name}, {dim} channels: {error}")
+    print(f"checked {len(errors)} in {time.time() - args.start:.0f} s", flush=True)
+    for tokens, active, dim in itertools.product((1024, 4096), (0.75, 0.5), args.dims):
+        q, k, v, gates = problem(tokens, 16, dim, active, 0.0, args.batch_tokens)
         reference = in_turns({"dense": captured(lambda q=q, k=k, v=v: dense(q, k, v))[0]})["dense"]
-        print(f"{heads} x {dim}, {tokens} tokens: dense {reference:.3f} ms")
+        print(f"16 x {dim}, {tokens} tokens, {active}: dense {reference:.4f} ms", flush=True)
         found = []
-        for queries, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-            tiles = fused.Tiles(queries, keys, warps, stages)
-            try:
-                run = captured(lambda q=q, k=k, v=v, g=gates, t=tiles, s=dim**-0.5: fused.forward(q, k, v, g, s, t))[0]
-                found.append((in_turns({"": run}, 5, 1)[""], tiles))
-            except Exception as e:  # shared memory, mostly
-                print(f"  {tiles}: {type(e).__name__}")
-        for ms, tiles in sorted(found, key=lambda item: item[0])[:6]:
-            print(f"  {ms:.3f} ms, {ms / reference:.3f} of dense: {tiles}", flush=True)
+        for name in [n for n, d in candidates if d == dim and not errors[n, d]]:
+            if time.time() > args.until:
+                print("out of time")
+                break
+            run = captured(lambda n=name, q=q, k=k, v=v, g=gates: run_candidate(n, q, k, v, g))[0]
+            found.append((in_turns({"": run}, 8, 1)[""], name))
+        for ms, name in sorted(found):
+            print(f"  {ms:.4f} ms, {ms / reference:.3f} of dense: {name}", flush=True)
+        if time.time() > args.until:
+            return
 
 
 @torch.no_grad()
@@ -202,11 +306,23 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in a batch of the operator's part")
     parser.add_argument("--modes", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
+    known = ["dense, gates", "gather", "triton", "gluon"]
+    parser.add_argument("--implementations", nargs="+", default=["dense, gates", "triton", "gluon"], choices=known)
+    parser.add_argument("--heads", nargs="+", default=["16 x 64", "16 x 72"], choices=list(HEADS))
+    parser.add_argument("--skew", action="store_true", help="also heads that some tokens prefer")
+    parser.add_argument("--seconds", type=float, default=1e9, help="time limit of the operator's part and of --tune")
     parser.add_argument("--tune", action="store_true", help="time other tiles, and nothing else")
+    parser.add_argument("--dims", nargs="+", type=int, default=[64, 72], choices=list(CANDIDATES), help="for --tune")
+    parser.add_argument("--check", help="of a kernel's name as --tune prints it: only whether it is right")
+    parser.add_argument("--dim", type=int, default=64, help="for --check")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.start = time.time()
+    args.until = args.start + args.seconds
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
+    if args.check:
+        return check_candidate(args.check, args.dim)
     if args.tune:
         return tune(args)
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
