@@ -86,7 +86,9 @@ class Size:
 
 SIZES = {
     # radius 8 of 32 tokens is CLEAR's 16 of 64
-    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 32, 6000, 8, 1024, 1024, 20, flow_weight=0.0),
+    "full": Size(
+        32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, 8, 1024, 1024, 20, flow_weight=0.0, output_weight=1.0
+    ),
     "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12, flow_weight=0.0),
     "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
@@ -400,7 +402,8 @@ class Table:
         label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         version = torch.__version__.partition("+")[0]
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-        self.stem = out / f"distill_demo-{size.name}-{slug}-torch{version}"
+        kind = size.name + (f"-down{size.downsample}" if size.downsample else "")
+        self.stem = out / f"distill_demo-{kind}-{slug}-torch{version}"
         self.about = {**dataclasses.asdict(size), "classifier": CLASSIFIER, "device": label,
                       "machine": platform.machine(), "torch": version, "diffusers": diffusers.__version__}  # fmt: skip
         pattern = Disk(size.radius, size.downsample)
@@ -474,7 +477,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, help="instead of the size's own")
     for name in ("radius", "downsample", "teacher-batch", "distil-batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
-    parser.add_argument("--teacher-share", type=float, default=0.38, help="of --seconds, for the dense teacher")
+    parser.add_argument("--teacher-share", type=float, default=0.35, help="of --seconds, for the dense teacher")
     parser.add_argument(
         "--sdpa", choices=["flash", "efficient"], default="flash", help="PyTorch's attention on a GPU: if one fails"
     )

@@ -4,6 +4,11 @@
     python benchmarks/flux.py --compile --seconds 290  # also compiled; what the goals are about comes first
     python benchmarks/flux.py --device cpu --tiny --compile --sizes 512 --budget 0.1     # that the script runs
 
+Two GPUs share the sizes and one table:
+
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/flux.py --compile --keep --sizes 4096 1024 &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/flux.py --compile --keep --sizes 2048 8192
+
 Dense is cuDNN's attention in the same run. Times are medians of GPU time. At 8192 px the dense step is one attention
 times the number of blocks plus the measured rest, and the row says so. ``stub`` replaces attention by its queries: what
 is left is everything else. ``compiled``: ``compile_repeated_blocks(fullgraph=True)``, static shapes, Inductor's default
@@ -12,7 +17,9 @@ mode. The table is written anew after each row, under a temporary name first.
 
 import argparse
 import csv
+import fcntl
 import io
+import os
 import statistics
 import time
 from pathlib import Path
@@ -164,14 +171,40 @@ def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
 
 
 class Table:
-    """Rows by (size, row, mode); the file is whole after each."""
+    """Rows by (size, row, mode); the file is whole after each.
 
-    def __init__(self, out: Path, device: str):
-        self.out, self.rows = out, {}
+    Args:
+        keep: also keep the file's rows, but for failed ones and those of other GPUs and releases of PyTorch; the file
+            may be another process's too.
+    """
+
+    def __init__(self, out: Path, device: str, keep: bool = False):
+        self.out, self.rows, self.keep = out, {}, keep
         gpu = "cpu" if device == "cpu" else torch.cuda.get_device_name(0)
         self.about = dict(gpu=gpu, torch=torch.__version__.split("+")[0])
+        self.read()
+
+    def read(self) -> None:
+        """Takes the file's rows that are not here."""
+        if not self.keep or not self.out.is_file():
+            return
+        with open(self.out, newline="") as file:
+            for r in csv.DictReader(file):
+                if r["ms"] and (r["gpu"], r["torch"]) == (self.about["gpu"], self.about["torch"]):
+                    values = r | {"size": int(r["size"]), "ms": float(r["ms"])}
+                    self.rows.setdefault((int(r["size"]), r["row"], r["mode"]), values)
 
     def add(self, size: int, row: str, mode: str, **found) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.out.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self.read()
+            self._add(size, row, mode, found)
+        finally:
+            os.close(folder)
+
+    def _add(self, size: int, row: str, mode: str, found: dict) -> None:
         self.rows[size, row, mode] = dict(**self.about, size=size, row=row, mode=mode, **found)
         for (s, r, m), values in self.rows.items():
             for column, against in (("over_dense", m), ("over_eager_dense", "eager")):
@@ -240,6 +273,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=38)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a narrow network of three blocks: that the script runs")
+    parser.add_argument("--keep", action="store_true", help="the table's rows stay, and are not measured again")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -251,16 +285,21 @@ def main() -> None:
     name = "flux-compiled" if args.compile else "flux"
     version = torch.__version__.split("+")[0]
     default = Path(__file__).parent / "results" / f"{name}-{gpu.lower().replace(' ', '-')}-torch{version}.csv"
-    table = Table(args.out or default, args.device)
+    table = Table(args.out or default, args.device, args.keep)
     torch.manual_seed(0)
     model = build(*((1, 2) if args.tiny else (args.double, args.single)), args.device, args.tiny)
     blocks, calls = Blocks(model, args.device), {}
     args.nothing = dispatch.add_backend(stub)
     for size, row, mode in jobs(sizes, args.rows, args.compile):
+        if table.ms(size, row, mode):
+            continue
         if time.time() - started > args.seconds:
             print(f"{size} px {row} {mode}: left out, the time is up", flush=True)
             continue
         if size not in calls:
+            calls.clear()
+            if args.device != "cpu":
+                torch.cuda.empty_cache()
             calls = {size: inputs(size, args.device, shape(args.tiny)["joint_attention_dim"])}
         try:
             blocks.compile(mode == "compiled" and not (row == "dense" and size >= 8192))

@@ -56,9 +56,10 @@ STEPS = [
     Step("halo-compile", 3, "python benchmarks/halo.py --parts network --modes compile --models halo_h1 halo_h4"),
     Step("train-loop", 3, "python benchmarks/train_loop.py"),
     # diffusion
+    Step("diffusion-tests", 2, f"{PYTEST} 2 tests/diffusion/test_distill.py tests/diffusion/test_parallel.py"),
     Step("flux-compile", 5, "python benchmarks/flux.py --compile --seconds 285"),
     Step("video", 2.5, "python benchmarks/video.py --seconds 140"),
-    Step("distill-demo", 4, "python benchmarks/distill_demo.py --seconds 225"),
+    Step("distill-demo", 5, "python benchmarks/distill_demo.py --seconds 270"),
     Step("agent-sd", 2, "python benchmarks/agent_sd.py --budget 1 --seconds 100"),
     Step("parallel", 1, "python -m torch.distributed.run --nproc-per-node 2 benchmarks/parallel.py --seconds 55"),
     # detection
