@@ -33,7 +33,7 @@ def moh_launches(monkeypatch, dim, dtype, capability, N=1024):
 
 
 def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
-    names = ["forward", "query_grad", "key_grad", "pool_grad", "bias_grad"]
+    names = ["forward", "query_grad", "key_grad", "pool_grad", "pool_sum", "bias_grad"]
     recorders = record(monkeypatch, aggregated_fused.kernels, names)
     B, N, heads, P, L = 2, side * side, 3, 49, window**2
     shapes = [(B, N, heads, dim), (B, N, 2, heads, dim), (B, P, 2, heads, dim)]

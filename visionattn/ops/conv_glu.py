@@ -32,8 +32,8 @@ def conv_glu(
         weight: (C, 1, 3, 3).
         bias: (C) or None.
         grid: (H, W).
-        backend: ``'reference'``: PyTorch's operators. ``'triton'``: one kernel, two in backward, which keep only h; CUDA, no float64,
-            no second derivative. ``'auto'``: the kernel where
+        backend: ``'reference'``: PyTorch's operators. ``'triton'``: one kernel, two in backward, which keep only h; on
+            CUDA, not for float64, no second derivative. ``'auto'``: the kernel where
             :data:`visionattn.ops._triton.IN_AUTO` has it and it can run.
 
     Returns:

@@ -74,9 +74,18 @@ def can_run_triton(q: torch.Tensor, window: int = 3, dropout_p: float = 0.0) -> 
 
 
 def _fused(tensors, height, width, window) -> torch.Tensor:
-    from . import fused  # noqa: F401  registers the operator
+    from . import fused
 
-    return torch.ops.visionattn.aggregated_attention(*tensors, height, width, window)[0]
+    if torch.compiler.is_compiling() or type(tensors[0]) is not torch.Tensor or _transformed():
+        return torch.ops.visionattn.aggregated_attention(*tensors, height, width, window)[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return fused.AggregatedFunction.apply(*tensors, height, width, window)
+    return fused.forward(*tensors, height, width, window)[0]
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work, whose tensors have no memory to read."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _use_triton(tensors, height, width, window, dropout_p, backend) -> bool:

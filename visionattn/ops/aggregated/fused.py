@@ -1,10 +1,11 @@
 """Launches the Triton kernels of aggregated attention, and registers them as operators with gradients."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 import triton
+
+from visionattn.ops._launch import Launch, Plans, on_device
 
 from . import kernels
 
@@ -48,7 +49,8 @@ def pick_tiles(dim: int, dtype: torch.dtype) -> Plan:
 class _Problem:
     """Sizes, strides and constants of a call."""
 
-    def __init__(self, q, kv, kv_pool, height: int, width: int, window: int):
+    def __init__(self, tensors, height: int, width: int, window: int):
+        q, kv, kv_pool = tensors[:3]
         self.B, self.N, self.heads, self.dim = q.shape
         self.P, self.pairs, self.window = kv_pool.shape[1], self.B * self.heads, window
         self.LP, self.DP = _pad(window * window), _pad(self.dim)
@@ -58,6 +60,8 @@ class _Problem:
         self.precision = "ieee"
         if q.dtype == torch.float32:
             self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        strides = (self.strides_q, self.strides_kv, self.strides_pool)
+        self.key = (q.shape, self.sizes, window, strides, self.precision, q.device, *(t.dtype for t in tensors))
 
     def constants(self, tiles: Tiles, pooled: bool = True, local: bool = True) -> dict:
         out = dict(D=self.dim, DP=self.DP, WIN=self.window, BM=tiles.tokens)
@@ -65,7 +69,7 @@ class _Problem:
             out |= dict(BK=min(tiles.pooled, _pad(self.P)), PREC=self.precision)
         if pooled and local:
             out["LP"] = self.LP
-        return dict(out, num_warps=tiles.warps, num_stages=tiles.stages)
+        return out
 
     def per_pair(self, tiles: Tiles) -> int:
         """Tiles of tokens of one (image, head)."""
@@ -76,9 +80,16 @@ class _Problem:
         each = max(1, min(8, self.pairs * parallel * self.per_pair(tiles) // 2048))
         return triton.cdiv(self.per_pair(tiles), each), each
 
+    def launch(self, kernel, tensors, tiles: Tiles, programs: int, numbers: tuple, constants: dict, key=()) -> None:
+        """``key``: what ``numbers`` hold that neither the problem nor the tiles say."""
 
-def _on(q):
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+        def make() -> Launch:
+            return Launch(kernel, (programs,), numbers, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+        _plans.get((kernel, tiles, self.key, key), make)(*tensors)
+
+
+_plans = Plans()
 
 
 def _ready(*tensors) -> list[torch.Tensor]:
@@ -91,37 +102,35 @@ def forward(*args, tiles: Plan | None = None) -> tuple[torch.Tensor, torch.Tenso
     """Output (B, N, heads, D) and log-sum-exp (B, heads, N; base 2)."""
     tensors, sizes = _ready(*args[:TENSORS]), args[TENSORS:]
     q = tensors[0]
-    p = _Problem(*tensors[:3], *sizes)
+    p = _Problem(tensors, *sizes)
     chosen = (tiles or pick_tiles(p.dim, q.dtype)).forward
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((p.B, p.heads, p.N), dtype=torch.float32, device=q.device)
     if out.numel():
         per_pair = p.per_pair(chosen)
-        with _on(q):
-            kernels.forward[(p.pairs * per_pair,)](
-                *tensors, out, lse, *p.strides_q, *p.strides_kv, *p.strides_pool, *p.sizes, per_pair,
-                **p.constants(chosen),
-            )  # fmt: skip
+        numbers = (*p.strides_q, *p.strides_kv, *p.strides_pool, *p.sizes, per_pair)
+        with on_device(q):
+            p.launch(kernels.forward, (*tensors, out, lse), chosen, p.pairs * per_pair, numbers, p.constants(chosen))
     return out, lse
 
 
 def backward(grad, *args, tiles: Plan | None = None) -> tuple[torch.Tensor, ...]:
     """Gradients of the nine tensors; those of parameters and of the pooled bias in float32."""
     tensors, (out, lse), sizes = _ready(*args[:TENSORS]), args[TENSORS : TENSORS + 2], args[TENSORS + 2 :]
-    q, kv, kv_pool, embedding, tau, bias_local, _, tokens, token_bias = tensors
-    p = _Problem(q, kv, kv_pool, *sizes)
+    q, kv, _, embedding, tau, bias_local, _, tokens, token_bias = tensors
+    p = _Problem(tensors, *sizes)
     tiles = tiles or pick_tiles(p.dim, q.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     strides_grad = grad.stride()[:3]
     delta = torch.empty((p.B, p.heads, p.N), dtype=torch.float32, device=q.device)
-    with _on(q):
+    with on_device(q):
         dq, *params = _query_grad(p, tiles.queries, tensors, out, lse, grad, delta)
         dkv = torch.empty(kv.shape, dtype=kv.dtype, device=q.device)
         per_pair = p.per_pair(tiles.keys)
-        kernels.key_grad[(p.pairs * per_pair,)](
-            q, kv, embedding, tau, bias_local, tokens, token_bias, lse, grad, delta, dkv,
-            *p.strides_q, *p.strides_kv, *strides_grad, *p.sizes, per_pair, **p.constants(tiles.keys, pooled=False),
-        )  # fmt: skip
+        used = (q, kv, embedding, tau, bias_local, tokens, token_bias, lse, grad, delta, dkv)
+        numbers = (*p.strides_q, *p.strides_kv, *strides_grad, *p.sizes, per_pair)
+        constants = p.constants(tiles.keys, pooled=False)
+        p.launch(kernels.key_grad, used, tiles.keys, p.pairs * per_pair, numbers, constants, strides_grad)
         d_pool, d_bias = _pool_grads(p, tiles, tensors, lse, grad, delta)
     d_embedding, d_tau, d_local, d_tokens, d_token_bias = params
     return dq, dkv, d_pool, d_embedding, d_tau, d_local, d_bias, d_tokens, d_token_bias
@@ -131,54 +140,65 @@ def _query_grad(p: _Problem, tiles: Tiles, tensors, out, lse, grad, delta) -> tu
     """Gradients of q and of the parameters; fills delta."""
     q = tensors[0]
     chunks, each = p.chunks(tiles)
-
-    def partial(*shape):
-        return torch.empty((p.B, p.heads, chunks, *shape), dtype=torch.float32, device=q.device)
-
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    d_tokens, d_token_bias, d_local = partial(p.DP, p.LP), partial(p.LP), partial(p.LP)
-    d_embedding, d_tau = partial(p.DP), partial()
-    kernels.query_grad[(p.pairs * chunks,)](
-        *tensors, out, lse, grad, delta, dq, d_tokens, d_token_bias, d_local, d_embedding, d_tau,
-        *p.strides_q, *p.strides_kv, *p.strides_pool, *grad.stride()[:3], *p.sizes, chunks, each,
-        **p.constants(tiles),
-    )  # fmt: skip
+    widths = (p.DP * p.LP, p.LP, p.LP, p.DP, 1)  # learned tokens, their bias, local bias, query embedding, tau
+    part = torch.empty((p.B, p.heads, chunks, sum(widths)), dtype=torch.float32, device=q.device)
+    strides = (*p.strides_q, *p.strides_kv, *p.strides_pool, *grad.stride()[:3])
+    used = (*tensors, out, lse, grad, delta, dq, part)
+    numbers = (*strides, *p.sizes, chunks, each)
+    p.launch(kernels.query_grad, used, tiles, p.pairs * chunks, numbers, p.constants(tiles), grad.stride())
     L = p.window**2
-    return (
-        dq,
-        d_embedding.sum((0, 2))[:, : p.dim],
-        d_tau.sum((0, 2)),
-        d_local.sum((0, 2))[:, :L],
-        d_tokens.sum((0, 2))[:, : p.dim, :L],
-        d_token_bias.sum((0, 2))[:, :L],
-    )
+    d_tokens, d_token_bias, d_local, d_embedding, d_tau = part.sum((0, 2)).split(widths, dim=1)
+    d_tokens = d_tokens.view(p.heads, p.DP, p.LP)[:, : p.dim, :L]
+    return dq, d_embedding[:, : p.dim], d_tau[:, 0], d_local[:, :L], d_tokens, d_token_bias[:, :L]
 
 
 def _pool_grads(p: _Problem, tiles: Plan, tensors, lse, grad, delta) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the pooled keys and values, and of their bias."""
     q, _, kv_pool, embedding, tau, _, bias_pool, _, _ = tensors
     args = (q, kv_pool, embedding, tau, bias_pool, lse, grad, delta)
-    strides = (*p.strides_q, *p.strides_pool, *grad.stride()[:3])
+    key = grad.stride()
+    strides = (*p.strides_q, *p.strides_pool, *key[:3])
 
     tiles_p = triton.cdiv(p.P, tiles.pool.pooled)
     chunks, each = p.chunks(tiles.pool, tiles_p)
-    d_pool = torch.empty((chunks, *kv_pool.shape), dtype=torch.float32, device=q.device)
-    kernels.pool_grad[(p.pairs * tiles_p * chunks,)](
-        *args, d_pool, *strides, *p.sizes, chunks, each, tiles_p, **p.constants(tiles.pool, local=False)
-    )
+    part = torch.empty((chunks, *kv_pool.shape), dtype=torch.float32, device=q.device)
+    numbers = (*strides, *p.sizes, chunks, each, tiles_p)
+    constants = p.constants(tiles.pool, local=False)
+    programs = p.pairs * tiles_p * chunks
+    p.launch(kernels.pool_grad, (*args, part), tiles.pool, programs, numbers, constants, key)
+    d_pool = torch.empty(kv_pool.shape, dtype=kv_pool.dtype, device=q.device)
+    constants = {name: constants[name] for name in ("D", "DP", "BK")}
+    numbers = (*p.strides_pool, p.B, p.P, p.heads, chunks, tiles_p)
+    p.launch(kernels.pool_sum, (part, kv_pool, d_pool), tiles.pool, p.pairs * tiles_p, numbers, constants)
+
     tiles_p, per_pair = triton.cdiv(p.P, tiles.bias.pooled), p.per_pair(tiles.bias)
     each = max(1, p.pairs * per_pair * tiles_p // 1024)
     chunks = triton.cdiv(p.B, each)
     d_bias = torch.empty((chunks, *bias_pool.shape), dtype=torch.float32, device=q.device)
-    kernels.bias_grad[(chunks * p.heads * tiles_p * per_pair,)](
-        *args, d_bias, *strides, *p.sizes, p.B, each, per_pair, tiles_p, **p.constants(tiles.bias, local=False)
-    )
-    d_pool = d_pool.sum(0)
-    keys = kv_pool[:, :, 0].float()
-    inverse = keys.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
-    unit, d_keys = keys * inverse, d_pool[:, :, 0]
-    d_keys = (d_keys - unit * (d_keys * unit).sum(-1, keepdim=True)) * inverse
-    return torch.stack([d_keys, d_pool[:, :, 1]], dim=2).to(kv_pool.dtype), d_bias.sum(0)
+    numbers = (*strides, *p.sizes, p.B, each, per_pair, tiles_p)
+    constants = p.constants(tiles.bias, local=False)
+    programs = chunks * p.heads * tiles_p * per_pair
+    p.launch(kernels.bias_grad, (*args, d_bias), tiles.bias, programs, numbers, constants, key)
+    return d_pool, d_bias.sum(0)
+
+
+class AggregatedFunction(torch.autograd.Function):
+    """The operators below for eager mode, where the dispatcher's Python layers cost more than small kernels."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, lse = forward(*args)
+        ctx.save_for_backward(*args[:TENSORS], out, lse)
+        ctx.sizes = args[TENSORS:]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        grads = backward(grad, *saved, *ctx.sizes)
+        return *(g.to(x.dtype) for g, x in zip(grads, saved[:TENSORS], strict=True)), None, None, None
 
 
 _SIZES = "int height, int width, int window"

@@ -155,7 +155,7 @@ def forward(
 
 @triton.jit
 def query_grad(
-    Q, KV, KVP, QE, TAU, BL, BP, TOK, TB, OUT, LSE, DOUT, DELTA, DQ, DTOK, DTB, DBL, DQE, DTAU,
+    Q, KV, KVP, QE, TAU, BL, BP, TOK, TB, OUT, LSE, DOUT, DELTA, DQ, PART,
     qb, qn, qh, kb, kn, kc, kh, pb, pn, pc, ph, gb, gn, gh,
     N, P, H, W, heads, chunks, per_chunk,
     D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, LP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -252,11 +252,12 @@ def query_grad(
         d_token_bias += tl.sum(d_weight, 0)
         d_bias += tl.sum(d_logits, 0)
         _store(DQ, n, heads * D, inside, _through_norm(d_unit, unit, inverse), D, DP)
-    tl.store(DTOK + program * DP * LP + channel[:, None] * LP + column[None], d_tokens)
-    tl.store(DTB + program * LP + column, d_token_bias)
-    tl.store(DBL + program * LP + column, d_bias)
-    tl.store(DQE + program * DP + channel, d_embedding)
-    tl.store(DTAU + program, tl.sum(d_tau, 0))
+    PART += program * (DP * LP + 2 * LP + DP + 1)
+    tl.store(PART + channel[:, None] * LP + column[None], d_tokens)
+    tl.store(PART + DP * LP + column, d_token_bias)
+    tl.store(PART + DP * LP + LP + column, d_bias)
+    tl.store(PART + DP * LP + 2 * LP + channel, d_embedding)
+    tl.store(PART + DP * LP + 2 * LP + DP, tl.sum(d_tau, 0))
 
 
 @triton.jit
@@ -373,6 +374,35 @@ def pool_grad(
     DKVP += ((chunk.to(tl.int64) * images + image) * P * 2 * heads + head) * D
     _store(DKVP, p, 2 * heads * D, inside_p, d_key, D, DP)
     _store(DKVP + heads * D, p, 2 * heads * D, inside_p, d_value, D, DP)
+
+
+@triton.jit
+def pool_sum(
+    PART, KVP, DKVP,
+    pb, pn, pc, ph,
+    images, P, heads, chunks, tiles_p,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What pool_grad's chunks add up to, the keys' part through their norm."""
+    program = tl.program_id(0)
+    p = (program % tiles_p) * BK + tl.arange(0, BK)
+    pair = program // tiles_p
+    image = (pair // heads).to(tl.int64)
+    head = pair % heads
+    inside = p < P
+    place = (image * P * 2 * heads + head) * D
+    step = (0 * image + images) * P * 2 * heads * D  # as wide as image
+    at = PART + place
+    d_key = tl.zeros((BK, DP), dtype=tl.float32)
+    d_value = tl.zeros((BK, DP), dtype=tl.float32)
+    for _ in range(chunks):
+        d_key += _rows(at, p, 2 * heads * D, inside, D, DP)
+        d_value += _rows(at + heads * D, p, 2 * heads * D, inside, D, DP)
+        at += step
+    key = _rows(KVP + image * pb + head * ph, p, pn, inside, D, DP)
+    inverse = _inverse_norm(key)
+    _store(DKVP + place, p, 2 * heads * D, inside, _through_norm(d_key, key * inverse[:, None], inverse), D, DP)
+    _store(DKVP + place + heads * D, p, 2 * heads * D, inside, d_value, D, DP)
 
 
 @triton.jit
