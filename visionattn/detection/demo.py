@@ -26,6 +26,9 @@ CONFIGS = {
 }
 PICTURES = 12  # of the validation set, drawn at the end
 ENLARGED = 3  # they are small
+TRIAL = (5, 25)  # steps before the clock starts, and when it stops, where the time decides the number of epochs
+SLACK = 1.1  # checkpoints and the log take time too
+EVALUATION = 25.0  # seconds for two evaluations and the pictures
 
 
 def configs_folder() -> Path:
@@ -43,6 +46,8 @@ def demo_config(
     epochs: int | None = None,
     distributed: bool = False,
     lr: float | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
 ) -> Any:
     """The demo's config for a detector and a backbone, an mmengine ``Config``.
 
@@ -54,6 +59,8 @@ def demo_config(
         epochs: the config's where None.
         distributed: one process of several.
         lr: AdamW's learning rate; the config's where None.
+        batch_size: training pictures a step, of each process; the config's where None.
+        workers: processes that read training pictures; the config's where None.
 
     Raises:
         ValueError: for an unknown detector or model.
@@ -66,6 +73,8 @@ def demo_config(
         raise ValueError(f"epochs={epochs}: give at least one")
     if lr is not None and not 0 < lr < 1:
         raise ValueError(f"lr={lr}: give a learning rate between 0 and 1, such as 5e-4")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least one picture a step")
     cfg = Config.fromfile(configs_folder() / CONFIGS[detector])
     cfg.model.backbone.model = model
     cfg.model.neck.in_channels = _channels(cfg.model.backbone)
@@ -77,10 +86,13 @@ def demo_config(
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = root + "annotations/val.json"
     if epochs is not None:
-        cfg.train_cfg.update(max_epochs=epochs)
-        cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
+        _set_epochs(cfg, epochs)
     if lr is not None:
         cfg.optim_wrapper.optimizer.lr = lr
+    if batch_size is not None:
+        cfg.train_dataloader.batch_size = batch_size
+    if workers is not None:
+        cfg.train_dataloader.update(num_workers=workers, persistent_workers=workers > 0)
     cfg.work_dir = str(work_dir)
     if distributed:
         from mmengine.device import get_device
@@ -89,6 +101,46 @@ def demo_config(
         if get_device() == "cpu":  # mmengine's default wrapper asks for a GPU's index
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     return cfg
+
+
+def _set_epochs(cfg: Any, epochs: int) -> None:
+    cfg.train_cfg.update(max_epochs=epochs)
+    cfg.param_scheduler[1].update(T_max=epochs, end=epochs)
+
+
+def _fit(cfg: Any, seconds: float) -> None:
+    """Sets as many epochs as ``seconds`` are enough for, by the time of twenty steps made here and thrown away."""
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.device import get_device
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+
+    begun = time.perf_counter()
+    init_default_scope("mmdet")
+    model = MODELS.build(cfg.model).to(get_device()).train()
+    optim = build_optim_wrapper(model, cfg.optim_wrapper)
+    for group in optim.param_groups:
+        group["lr"] = 0.0
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    steps, marks = len(loader), []
+    while len(marks) < TRIAL[1]:
+        for data in loader:
+            model.train_step(data, optim)  # clipping reads the gradients' norm, so the device has finished
+            marks.append(time.perf_counter())
+            if len(marks) == TRIAL[1]:
+                break
+    step = (marks[-1] - marks[TRIAL[0]]) / (TRIAL[1] - 1 - TRIAL[0])
+    del model, optim, loader
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    left = seconds - (time.perf_counter() - begun) - EVALUATION
+    epochs = max(1, int(left / (SLACK * step * steps)))
+    print(f"{step:.3f} s a step, {steps} steps an epoch: {epochs} epochs in {seconds:.0f} s", flush=True)
+    _set_epochs(cfg, epochs)
+    cfg.train_cfg.val_interval = max(1, (epochs + 1) // 2)
+    cfg.param_scheduler[0].end = max(50, epochs * steps // 20)
 
 
 def _channels(backbone: Any) -> list[int]:
@@ -126,6 +178,10 @@ def run_demo(
     quick: bool = False,
     resume: bool = False,
     lr: float | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    pictures: int | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Makes the set, trains, evaluates, draws.
 
@@ -139,15 +195,24 @@ def run_demo(
         quick: a few pictures and one epoch: whether it runs, not what it learns.
         resume: goes on with the last checkpoint of an earlier run.
         lr: AdamW's learning rate; the config's, which suits the test models, where None. Large models want less.
+        batch_size: training pictures a step, of each process; the config's where None.
+        workers: processes that read training pictures, and that draw them; one of each where None.
+        pictures: number of training pictures, 1,200 where None.
+        seconds: instead of ``epochs``: as many as that time is enough for, evaluation included.
 
     Returns:
         what ``result.json`` holds: box (and mask) AP as fractions, seconds, the setting.
 
     Raises:
-        ValueError: for an unknown detector, model or device.
+        ValueError: for an unknown detector, model or device; for ``seconds`` beside ``epochs`` or ``resume``, or in
+            several processes.
         FileExistsError: where an earlier run's checkpoints are and ``resume`` is False.
     """
+    if seconds is not None and (epochs is not None or resume):
+        raise ValueError("seconds chooses the number of epochs anew: leave out epochs, and resume with epochs")
     distributed = _start(device)
+    if seconds is not None and distributed:
+        raise ValueError("seconds is for one process: give epochs to several")
     import visionattn.detection  # noqa: F401  before mmdet
 
     from .demo_data import make_demo_set
@@ -155,21 +220,23 @@ def run_demo(
     work_dir = Path(work_dir)
     run_dir = work_dir / f"{detector}_{model.replace('/', '_')}"
     epochs = 1 if quick and epochs is None else epochs
-    numbers = dict(train=16, val=4) if quick else {}
-    data_root = work_dir / ("data_quick" if quick else "data")
-    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed, lr)
+    numbers = dict(train=16, val=4) if quick else dict(train=pictures) if pictures else {}
+    data_root = work_dir / ("data_quick" if quick else f"data_{pictures}" if pictures else "data")
+    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed, lr, batch_size, workers)
     if (run_dir / "last_checkpoint").exists() and not resume:
         raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --work-dir starts anew")
     if os.environ.get("RANK", "0") == "0" and not data_root.exists():
         print(f"making the pictures, about half a minute: {data_root}", flush=True)
-    make_demo_set(data_root, **numbers)
+    make_demo_set(data_root, **numbers, workers=workers or 1)
     if quick:
-        _shorten(cfg)
+        _shorten(cfg, batch_size or 4)
     cfg.resume = resume
 
     from mmengine.runner import Runner
 
     started = time.time()
+    if seconds is not None:
+        _fit(cfg, seconds)
     runner = Runner.from_cfg(cfg)
     runner.train()
     metrics = _metrics(runner)
@@ -178,6 +245,8 @@ def run_demo(
         model=model,
         params=sum(p.numel() for p in _bare(runner.model).parameters()),
         epochs=cfg.train_cfg.max_epochs,
+        batch_size=cfg.train_dataloader.batch_size,
+        pictures=len(runner.train_dataloader.dataset),
         lr=cfg.optim_wrapper.optimizer.lr,
         seconds=round(time.time() - started, 1),
         device=str(next(runner.model.parameters()).device.type),
@@ -189,8 +258,8 @@ def run_demo(
     return result
 
 
-def _shorten(cfg: Any) -> None:
-    cfg.train_dataloader.update(batch_size=4, num_workers=0, persistent_workers=False)
+def _shorten(cfg: Any, batch_size: int) -> None:
+    cfg.train_dataloader.update(batch_size=batch_size, num_workers=0, persistent_workers=False)
     cfg.val_dataloader.update(num_workers=0, persistent_workers=False)
     cfg.default_hooks.logger.interval = 1
 
@@ -273,6 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="whatever is there where not given")
     parser.add_argument("--epochs", type=int, help="the config's where not given")
     parser.add_argument("--lr", type=float, help="AdamW's learning rate, the config's where not given")
+    parser.add_argument("--batch-size", type=int, help="training pictures a step, the config's where not given")
+    parser.add_argument("--workers", type=int, help="processes that read and draw pictures (1)")
+    parser.add_argument("--pictures", type=int, help="training pictures (1200)")
+    parser.add_argument("--seconds", type=float, help="instead of --epochs: as many as fit, evaluation included")
     parser.add_argument("--work-dir", default="runs/detection_demo", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few pictures, one epoch: whether it runs")
     parser.add_argument("--resume", action="store_true", help="go on with the last checkpoint in the work folder")

@@ -15,7 +15,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -239,23 +241,34 @@ def _annotation(mask: np.ndarray, label: int, image_id: int, number: int) -> dic
     )
 
 
-def _write_split(folder: Path, split: str, number: int, info: dict[str, Any]) -> None:
+def _write_picture(folder: Path, split: str, seed: int, index: int) -> tuple[tuple[int, int], list[dict[str, Any]]]:
+    """Writes one picture; its height and width, and its annotations, which have no numbers yet."""
+    picture, objects = compose(split, index, seed)
+    Image.fromarray(picture).save(folder / split / f"{index:06d}.png")
+    return picture.shape[:2], [_annotation(mask, label, index, 0) for label, mask in objects]
+
+
+def _write_split(folder: Path, split: str, number: int, info: dict[str, Any], workers: int) -> None:
     (folder / split).mkdir(parents=True)
+    write = partial(_write_picture, folder, split, info["seed"])
+    if workers > 1:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            written = list(pool.map(write, range(number), chunksize=16))
+    else:
+        written = [write(index) for index in range(number)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(number):
-        picture, objects = compose(split, index, info["seed"])
-        name = f"{index:06d}.png"
-        Image.fromarray(picture).save(folder / split / name)
-        images.append(dict(id=index, file_name=name, height=picture.shape[0], width=picture.shape[1]))
-        for label, mask in objects:
-            annotations.append(_annotation(mask, label, index, len(annotations) + 1))
+    for index, ((height, width), objects) in enumerate(written):
+        images.append(dict(id=index, file_name=f"{index:06d}.png", height=height, width=width))
+        annotations += [dict(annotation, id=len(annotations) + i) for i, annotation in enumerate(objects, 1)]
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CATEGORIES)]
     text = json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories))
     (folder / "annotations" / f"{split}.json").write_text(text)
 
 
-def make_demo_set(folder: str | os.PathLike, train: int = 1200, val: int = 100, seed: int = 0) -> Path:
+def make_demo_set(
+    folder: str | os.PathLike, train: int = 1200, val: int = 100, seed: int = 0, workers: int = 1
+) -> Path:
     """Writes the set, or finds it there already.
 
     It is made in a temporary folder beside ``folder`` and renamed, so that a killed process leaves nothing half-made
@@ -265,6 +278,7 @@ def make_demo_set(folder: str | os.PathLike, train: int = 1200, val: int = 100, 
         folder: where it goes.
         train, val: number of pictures of the splits.
         seed: other pictures for another seed.
+        workers: processes that draw; more than one ask for a script whose start is guarded by ``__main__``.
 
     Returns:
         The folder.
@@ -283,8 +297,8 @@ def make_demo_set(folder: str | os.PathLike, train: int = 1200, val: int = 100, 
     made = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         (made / "annotations").mkdir()
-        _write_split(made, "train", train, info)
-        _write_split(made, "val", val, info)
+        _write_split(made, "train", train, info, workers)
+        _write_split(made, "val", val, info, workers)
         made.chmod(0o755)
         try:
             made.rename(folder)
@@ -321,9 +335,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1200)
     parser.add_argument("--val", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw (%(default)s)")
     args = parser.parse_args()
     try:
-        print(make_demo_set(args.folder, args.train, args.val, args.seed))
+        print(make_demo_set(args.folder, args.train, args.val, args.seed, args.workers))
     except (ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
 
