@@ -13,7 +13,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from visionattn.ops.local import Cross, Disk, Neighborhood, fused, local_attention
+from visionattn.ops.local import Cross, Disk, Neighborhood, fused, local_attention, planner
 from visionattn.ops.local import text as text_rows
 from visionattn.ops.local.reference import reference
 from visionattn.ops.local.tiles import Tile, Tiles
@@ -188,6 +188,10 @@ def test_gradients_of_text_rows_by_dense_attention(monkeypatch):
             warnings.simplefilter("always")
             out = local_attention(*leaves, *settings, backend=backend, return_lse=True)
         grads.append([*out, *torch.autograd.grad(out[0].square().sum() + out[1].sin().sum(), leaves)])
+    ways = planner.kernels_that_ran(*settings[:2])
+    assert ways == [
+        "rows of grid queries: Triton's kernel; rows of text queries: cuDNN's attention in 2 chunks of 7 keys"
+    ]
     assert len(ran) == 2 and ["no plan" in str(w.message) for w in caught] == [True]
     for found in (grads[0], grads[2]):
         torch.testing.assert_close(found, grads[1])

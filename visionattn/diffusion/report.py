@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from visionattn.ops.local.planner import kernels_that_ran
+
 
 @dataclass
 class Report:
@@ -48,6 +50,7 @@ def report(sessions: list, note: str | None = None) -> Report:
     saved: dict[tuple, float] = {}
     for session in sessions:
         layout = session.layout
+        ran: list[str] = []
         for layer in session.layers.values():
             share = None
             if layout is not None:
@@ -68,6 +71,9 @@ def report(sessions: list, note: str | None = None) -> Report:
                     "reason": layer.reason,
                 }
             )
+            if layout is not None and layer.timing.calls["sparse"]:
+                ran += [f"{layer.pattern}: {way}" for way in kernels_that_ran(layout.grid, layer.pattern)]
+        notes += dict.fromkeys(ran)
         if session.dense_steps or session.dense_until is not None:
             notes.append(f"dense steps of the last generation: {session.dense_done}")
         if session.spread:

@@ -67,6 +67,8 @@ def cudnn_reason(q, k, v) -> str | None:
     """
     if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "cuDNN's attention was measured on compute capability 9.0 only"
+    if min(q.shape[2], k.shape[2]) < 64:
+        return f"cuDNN's attention was not tried on fewer than 64 tokens: got {q.shape[2]} and {k.shape[2]}"
     for x in (q, k, v):
         steps = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
         if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s <= 0 or s * x.element_size() % 16 for s in steps):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -235,6 +236,13 @@ def _kernels(call: Call) -> tuple[str, ...]:
 
     tensors = (call.q, call.k, call.v, call.extra_k, call.extra_v, call.bias, call.text_lengths)
     return plan_of(*tensors, *call.grad_settings()).kernels()
+
+
+def kernels_that_ran(grid: tuple[int, ...], pattern: Pattern) -> list[str]:
+    """What computed the rows of calls of the backend ``'triton'`` on this grid so far, each way once."""
+    fused = sys.modules.get("visionattn.ops.local.fused")  # it needs triton, and was imported if anything ran
+    plans = list(fused._plans.values()) if fused else []
+    return list(dict.fromkeys("; ".join(p.kernels()) for p in plans if (p.grid, p.pattern) == (grid, pattern)))
 
 
 @functools.lru_cache(maxsize=4096)
