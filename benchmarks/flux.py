@@ -224,17 +224,21 @@ class Table:
 
 
 def jobs(sizes: list[int], rows: list[str], compiled: bool) -> list[tuple[int, str, str]]:
-    """(size, row, mode) in order of importance."""
+    """(size, row, mode) in order of importance; ``compiled``: no pattern that covers the grid, it would be dense."""
     if not compiled:
         return [(size, row, "eager") for size in sizes for row in ("stub", "dense", *rows)]
+
+    def worth(size: int, row: str) -> bool:
+        return not (size >= 8192 and row.startswith("window")) and not PATTERNS[row].dense((size // 16,) * 2)
+
     order = []
     for size in sizes:
         order += [(size, "stub", "eager")] if size >= 8192 else []
         order.append((size, "dense", "eager"))
-        order += [(size, row, "compiled") for row in rows if not (size >= 8192 and row.startswith("window"))]
+        order += [(size, row, "compiled") for row in rows if worth(size, row)]
         order += [(size, "stub", "compiled")] if size >= 8192 else []
         order.append((size, "dense", "compiled"))
-    order += [(size, row, "eager") for row in rows for size in sizes if not (size >= 8192 and row.startswith("window"))]
+    order += [(size, row, "eager") for row in rows for size in sizes if worth(size, row)]
     order += [(size, "stub", mode) for mode in ("compiled", "eager") for size in sizes if size < 8192]
     return order
 
