@@ -226,7 +226,7 @@ def explain_call(call: Call, backend: str, return_lse: bool) -> Explanation:
         counts["executed"],
         counts["masked"] / max(counts["executed"], 1),
         {k: v for k, v in predicted.items() if k == "dense, unmasked" or found.get(k) is None},
-        predicted.get(name, float("inf")) < predicted["dense, unmasked"],
+        beats_dense(predicted, name, str(call.q.device) if call.q.is_cuda else None),
         _kernels(call) if name == "triton" and call.q.is_cuda else (),
     )
 
@@ -290,4 +290,11 @@ def replace_pooling(pattern: Pattern) -> Pattern:
 
 def is_predicted_faster(call: Call, device: str | None = None) -> bool:
     predicted, _ = predict(call, device)
-    return predicted["triton"] < predicted["dense, unmasked"]
+    return beats_dense(predicted, "triton", device)
+
+
+def beats_dense(predicted: dict[str, float], name: str, device: str | None = None) -> bool:
+    """Whether a backend is predicted to beat dense attention by more than the model is off, which was measured on GPUs
+    of compute capability 9.0 only."""
+    measured = device is None or torch.cuda.get_device_capability(device) == (9, 0)
+    return predicted.get(name, math.inf) < (0.95 if measured else 0.85) * predicted["dense, unmasked"]
