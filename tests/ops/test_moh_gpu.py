@@ -6,7 +6,7 @@ import torch
 
 import visionattn
 from visionattn.ops.aggregated import aggregated_attention
-from visionattn.ops.moh import moh_attention, top_k_gates
+from visionattn.ops.moh import gluon, moh_attention, top_k_gates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +31,27 @@ def test_moh(dim, dtype):
         got = moh_attention(q, k, v, gates, backend=backend)
         assert error(got, oracle) <= 2 * error(dense, oracle), backend
         assert (got[gates == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 72])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_moh_gluon(dim, dtype):
+    """The Hopper kernel: sizes that fill no tile, more items than programs, heads of nobody and everybody."""
+    for batch, tokens, keys, heads in ((2, 777, 777, 5), (1, 40, 300, 3), (8, 1024, 1024, 16)):
+        torch.manual_seed(0)
+        q = torch.randn(batch, tokens, heads, dim, device="cuda").to(dtype)
+        k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda").to(dtype).unbind(2)
+        if gluon.reason(q, k, v) is not None:
+            pytest.skip(gluon.reason(q, k, v))
+        gates = torch.rand(batch, tokens, heads, device="cuda") + 0.5
+        gates = gates * (torch.rand(batch, tokens, heads, device="cuda") < 0.5)
+        gates[..., 0], gates[..., 1] = 0.0, 1.0
+        oracle = moh_attention(q.double(), k.double(), v.double(), gates.double(), backend="reference")
+        dense = moh_attention(q, k, v, gates, backend="dense")
+        got = gluon.forward(q, k, v, gates, dim**-0.5)
+        assert error(got, oracle) <= 2 * error(dense, oracle)
+        assert (got[gates == 0] == 0).all()
+        assert torch.equal(got, gluon.forward(q, k, v, gates, dim**-0.5))
 
 
 def test_moh_auto_and_compile():

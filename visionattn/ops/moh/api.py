@@ -150,7 +150,7 @@ def _probe(device: str, dtype: torch.dtype, dim: int) -> str | None:
     try:
         with torch.no_grad():
             q = torch.zeros(1, 16, 1, dim, device=device, dtype=dtype)
-            fused.forward(q, q, q, torch.ones(1, 16, 1, device=device), 1.0)
+            fused.best_forward(q, q, q, torch.ones(1, 16, 1, device=device), 1.0)
             torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         raise

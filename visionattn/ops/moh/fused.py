@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import kernels
+
+FORWARD_CHOICES = ("auto", "triton", "gluon")
+forward_choice = os.environ.get("VISIONATTN_MOH_FORWARD", "auto")
+if forward_choice not in FORWARD_CHOICES:
+    raise ValueError(f"VISIONATTN_MOH_FORWARD={forward_choice!r}: use one of {', '.join(FORWARD_CHOICES)}")
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,28 @@ def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None, listed=Non
     return out
 
 
+def best_forward(q, k, v, gates, scale: float) -> torch.Tensor:
+    """:func:`forward`, or gluon.forward where that was measured to be faster (or VISIONATTN_MOH_FORWARD says so)."""
+    from . import gluon
+
+    setting = gluon.choose(q, k, v, forward_choice)
+    if setting is not None:
+        try:
+            return gluon.forward(q, k, v, gates, scale, setting)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            if forward_choice == "gluon":
+                raise
+            gluon.give_up(e)
+    return forward(q, k, v, gates, scale)
+
+
 @torch.library.custom_op("visionattn::moh_attention", mutates_args=())
 def moh_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    return forward(q, k, v, gates, scale)
+    return best_forward(q, k, v, gates, scale)
 
 
 @moh_attention_op.register_fake

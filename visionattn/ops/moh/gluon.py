@@ -33,7 +33,7 @@ class Setting:
 
 SETTING = Setting()
 # Versions of triton with which it ran: it compiles for others too, but a deadlock could not be caught.
-MEASURED = ()
+MEASURED: tuple[str, ...] = ()
 failed: list[str] = []
 
 
@@ -61,6 +61,16 @@ def _missing() -> str | None:
     except Exception as e:  # Gluon is experimental: names move between versions
         return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
     return None
+
+
+def choose(q, k, v, which: str) -> Setting | None:
+    """What the kernel runs with, or None for the Triton kernel.
+
+    which: ``'auto'`` takes it with versions of triton it ran with, ``'gluon'`` wherever it can run, ``'triton'`` never.
+    """
+    if which == "triton" or (which == "auto" and (failed or not triton.__version__.startswith(MEASURED))):
+        return None
+    return SETTING if reason(q, k, v) is None else None
 
 
 def give_up(error: Exception) -> None:
