@@ -24,6 +24,7 @@ from visionattn.ops.local import (
     pool_tokens,
     worthwhile,
 )
+from visionattn.ops.local import text as text_rows
 from visionattn.ops.local.call import make_call
 from visionattn.ops.local.counts import visits
 
@@ -317,6 +318,22 @@ def test_visits_by_brute_force(case):
                     full += bool(tile.all()) and (placement == "aligned" or b + other <= n)
         found = visits(pattern, (axis.length,), (1, 1, own), (1, 1, other), placement)
         assert found == (visited, full), placement
+
+
+def test_chunks_of_text_rows():
+    """All keys are in a chunk or left over, never one alone; 96 blocks on 132 multiprocessors are cut, many are not."""
+    for keys in (*range(1, 300), 4173, 65613, 66048):
+        for count in range(1, min(keys, 17)):
+            found = text_rows.cut(keys, count)
+            left = keys - found.count * found.keys
+            assert found.keys > 0 and left >= 0 and left != 1, (keys, count)
+            assert found.count == (count if keys >= 4 * count else 1)
+    assert text_rows.pick_chunks(96, 66048, 132) == text_rows.Chunks(4, 16512)
+    assert text_rows.pick_chunks(96 * 64, 66048, 132).count == 1
+    assert text_rows.pick_chunks(96, 1000, 132).count == 1
+    q = torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16)
+    assert text_rows.choose(q, q, q, None, 512, 90, "auto") is None  # on a CPU
+    assert text_rows.takes(90, 512, 128) and not text_rows.takes(80, 512, 128) and not text_rows.takes(90, 77, 128)
 
 
 def test_worthwhile_needs_a_gpu_and_a_gain():

@@ -85,7 +85,7 @@ def pick_chunks(blocks: int, keys: int, processors: int) -> Chunks:
 def cut(keys: int, count: int) -> Chunks:
     """`count` equal chunks, of a multiple of 64 keys if there are several; not one key is left over, which cuDNN does
     not take."""
-    if count == 1:
+    if count == 1 or keys < 4 * count:
         return Chunks(1, keys)
     unit = 64 if keys // count >= 128 else 1
     size = keys // count // unit * unit
