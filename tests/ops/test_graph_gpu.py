@@ -72,3 +72,27 @@ def test_padded_training_step_in_a_cuda_graph_learns_as_the_plain_one(tmp_path):
         trainer = GraphTrainer(cfg, data)
         losses[capture] = [trainer.train_epoch()["loss"] for _ in range(3)]
     assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+
+
+def test_runs_at_once_in_cuda_graphs_learn_as_plain_ones():
+    """Two runs on streams of their own: curves, learning rate and evaluation are those of plain steps, one by one."""
+    from visionattn.training.graph.data import generate
+    from visionattn.training.graph.engine import GraphTrainer, TrainConfig
+    from visionattn.training.graph.together import train_together
+
+    data = generate("cluster", seed=1, sizes=(28, 6, 4))
+
+    def trainers(capture):
+        net = dict(L=2, hidden_dim=16, out_dim=16)
+        return [GraphTrainer(TrainConfig(dataset="cluster", net=net, batch_size=8, seed=seed, lr=1e-2, patience=0,
+                                         epochs=6, device="cuda", capture=capture), data) for seed in (3, 4)]  # fmt: skip
+
+    plain, captured = trainers(False), trainers(True)
+    for trainer in plain:
+        trainer.fit(log=lambda line: None)
+    assert train_together(captured) == [True, True]
+    for one, other in zip(plain, captured, strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert [row[key] for row in other.history] == pytest.approx([row[key] for row in one.history], rel=5e-3)
+        assert other.evaluate("test")["loss"] == pytest.approx(one.evaluate("test")["loss"], rel=5e-3)
+        assert other.evaluate_best("val")["accuracy"] == pytest.approx(other.best["val_accuracy"], abs=0.5)

@@ -8,10 +8,20 @@ import pytest
 import torch
 import yaml
 
+from visionattn.ops.graph import arpack_laplacian_eigenvectors, laplacian_eigenvectors
+from visionattn.ops.graph.encodings import normalised_laplacian
 from visionattn.training.config import UserError
 from visionattn.training.graph import data as graph_data
 from visionattn.training.graph.__main__ import main
-from visionattn.training.graph.data import gather_batch, generate, load_folder, load_or_generate, pack, statistics
+from visionattn.training.graph.data import (
+    GraphSet,
+    gather_batch,
+    generate,
+    load_folder,
+    load_or_generate,
+    pack,
+    statistics,
+)
 from visionattn.training.graph.engine import (
     GraphTrainer,
     TrainConfig,
@@ -21,6 +31,7 @@ from visionattn.training.graph.engine import (
     save,
     weighted_loss,
 )
+from visionattn.training.graph.together import train_together
 
 NET = dict(L=2, hidden_dim=16, out_dim=16, n_heads=4)
 
@@ -178,6 +189,80 @@ def test_resumed_run_is_the_uninterrupted_one(small, tmp_path):
         GraphTrainer(TrainConfig(**{**vars(cfg), "batch_size": 4}), small["pattern"]).load(rest.state())
 
 
+def test_runs_at_once_are_the_runs_alone(small):
+    """Two at the same time, one shorter than the other: the curves and weights of each alone; nets with dropout not."""
+
+    def trainer(seed, epochs, **net):
+        cfg = TrainConfig(dataset="cluster", net=NET | net, batch_size=8, seed=seed, epochs=epochs, device="cpu")
+        return GraphTrainer(cfg, small["cluster"])
+
+    recipes = [(1, 3), (2, 2)]
+    alone = [trainer(*recipe) for recipe in recipes]
+    for one in alone:
+        one.fit(log=lambda line: None)
+    together = [trainer(*recipe) for recipe in recipes]
+    lines = []
+    assert (
+        train_together(together, log=lambda i, line: lines.append(i)) == [True, True]
+        and sorted(lines) == [0] * 3 + [1] * 2
+    )
+    for a, b in zip(alone, together, strict=True):
+        assert [row["val_loss"] for row in a.history] == [row["val_loss"] for row in b.history]
+        assert all(torch.equal(x, y) for x, y in zip(a.net.parameters(), b.net.parameters(), strict=True))
+    with pytest.raises(UserError, match="without dropout"):
+        train_together([trainer(1, 1, in_feat_dropout=0.1)])
+    broken = trainer(1, 2)
+    broken.evaluate = lambda split: {"loss": float("nan"), "accuracy": 0.0}
+    other = trainer(2, 2)
+    with pytest.raises(UserError, match="not a number"):
+        train_together([broken, other])
+    assert other.epoch == 2
+
+
+def test_best_epoch(small, tmp_path):
+    """The net of the epoch with the highest validation accuracy, also after a resumption; the last one stays."""
+    cfg = TrainConfig(dataset="cluster", net=NET, batch_size=8, epochs=6, lr=2e-2, device="cpu")
+    trainer = GraphTrainer(cfg, small["cluster"])
+    trainer.fit(log=lambda line: None)
+    accuracies = [row["val_accuracy"] for row in trainer.history]
+    assert trainer.best["epoch"] == accuracies.index(max(accuracies))
+    assert trainer.best["epoch"] < 5, "choose another seed: the last epoch is the best one here"
+    save(trainer, tmp_path)
+    again = GraphTrainer(cfg, small["cluster"])
+    again.load(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert again.evaluate_best("val")["accuracy"] == pytest.approx(max(accuracies))
+    assert again.evaluate("val")["accuracy"] == pytest.approx(accuracies[-1])
+
+
+def test_arpack_eigenvectors():
+    """Well separated eigenvectors are the exact ones; all are near the eigenspace of small eigenvalues; repeatable."""
+    cosines = []
+    for i in range(20):
+        adjacency, _, label = graph_data.cluster_graph(np.random.default_rng(i))
+        src, dst = (torch.from_numpy(x) for x in np.nonzero(adjacency))
+        found = arpack_laplacian_eigenvectors(src, dst, len(label), 10)
+        exact, values = laplacian_eigenvectors(src, dst, len(label), 10)
+        assert found.shape == exact.shape and found.dtype == torch.float64
+        assert torch.equal(found, arpack_laplacian_eigenvectors(src, dst, len(label), 10))
+        assert torch.allclose(found.norm(dim=0), torch.ones(10, dtype=torch.float64), atol=1e-6)
+        quotient = (found * (normalised_laplacian(src, dst, len(label)) @ found)).sum(0)
+        assert (quotient >= values[1] - 1e-9).all() and (quotient - values[1:11] < 0.1).all()
+        cosines.append((found * exact).sum(0).abs())
+    mean = torch.stack(cosines).mean(0)
+    assert (mean[:4] > 0.999).all() and mean[9] < 0.95  # the tenth is where the released code's differ
+    few = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    assert torch.equal(arpack_laplacian_eigenvectors(*few, 3, 5), laplacian_eigenvectors(*few, 3, 5)[0])
+
+
+def test_parts_join():
+    """What several processes make in parts is what one makes."""
+    whole = generate("cluster", 5, (5, 2, 1), k=3)["train"]
+    parts = [graph_data._part("cluster", 5, (5, 2, 1), 3, "exact", 0, *place) for place in ((0, 2), (2, 3), (3, 5))]
+    joined = graph_data._joined([GraphSet(**{k: torch.from_numpy(v) for k, v in part.items()}) for part in parts])
+    for name, value in vars(whole).items():
+        assert torch.equal(value, getattr(joined, name)) and value.dtype == getattr(joined, name).dtype, name
+
+
 def test_schedule_and_end(small, monkeypatch):
     cfg = TrainConfig(dataset="pattern", net=NET, batch_size=8, patience=1, lr=4e-6, min_lr=1e-6, device="cpu")
     trainer = GraphTrainer(cfg, small["pattern"])
@@ -198,8 +283,15 @@ def test_command(tmp_path, capsys):
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["epochs"] == 3 and 0 <= result["test_accuracy"] <= 100
     assert len(json.loads((tmp_path / "run/history.json").read_text())) == 3
+    options = ["--run", "seed=1", "--run", "net.lap_pos_enc=false eigenvectors=arpack", "epochs=1"]
+    assert main(["--config", str(config), *options]) == 0
+    results = [json.loads((tmp_path / f"run-{name}/result.json").read_text())
+               for name in ("seed=1", "net.lap_pos_enc=false-eigenvectors=arpack")]  # fmt: skip
+    assert [r["lap_pos_enc"] for r in results] == [True, False] and results[0]["best_epoch"] == 0
+    capsys.readouterr()
     for options, message in [
         (["epoch=3"], "'epoch' is no option"), (["lr=x"], "lr='x' is not a float"), (["dataset=zinc"], "is unknown"),
+        (["eigenvectors=eigh"], "use exact or arpack"), (["--run", "seed=1", "--run", "seed=1"], "the same output"),
         (["batch_size"], "is not key=value"), (["lr=1e-3"], "differs in lr"), (["data_dir=/nowhere"], "has no PATTERN"),
     ]:  # fmt: skip
         assert main(["--config", str(config), *options]) == 2
