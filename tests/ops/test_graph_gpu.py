@@ -83,9 +83,9 @@ def test_runs_at_once_in_cuda_graphs_learn_as_plain_ones():
     data = generate("cluster", seed=1, sizes=(28, 6, 4))
 
     def trainers(capture):
-        net = dict(L=2, hidden_dim=16, out_dim=16)
-        return [GraphTrainer(TrainConfig(dataset="cluster", net=net, batch_size=8, seed=seed, lr=1e-2, patience=0,
-                                         epochs=6, device="cuda", capture=capture), data) for seed in (3, 4)]  # fmt: skip
+        common = dict(dataset="cluster", net=dict(L=2, hidden_dim=16, out_dim=16), batch_size=8, lr=1e-2, patience=0,
+                      epochs=6, device="cuda", capture=capture)  # fmt: skip
+        return [GraphTrainer(TrainConfig(seed=seed, **common), data) for seed in (3, 4)]
 
     plain, captured = trainers(False), trainers(True)
     for trainer in plain:
