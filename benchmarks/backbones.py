@@ -215,6 +215,8 @@ def work(build_slots, pipe, case: tuple, channels_last: bool, device: str) -> No
         with build_slots:
             built = Case(*case, channels_last, device)
         free_memory = device == "cuda" and built.row["mode"] != "cudagraphs"
+        if free_memory:  # the others need it meanwhile
+            torch.cuda.empty_cache()
         pipe.send(dict(built.row))
         while pipe.recv() == "turn":
             for _ in range(2):  # memory comes back to this process, clocks come up
