@@ -161,9 +161,6 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
     rest: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
     S: gl.constexpr = (STAGES, mma_s, mma_o, mma_o2, REST)
-    q = q_bufs.index(WHICH)
-    q2 = q2_bufs.index(WHICH)
-    queries = (q, q2)
     keys = (k_bufs, k2_bufs)
     values = (v_bufs, v2_bufs)
     gb, gn, gh = g_strides
@@ -173,21 +170,32 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     key = gl.arange(0, BN, layout=gl.SliceLayout(0, mma_s))
     tiles = (M + BN - 1) // BN
     total = gl.load(total_ptr)
-    item = gl.program_id(0)
-    pair, first, end = read_item(work, gl.minimum(item, total - 1))
+    hop = gl.num_programs(0)
+    pair, first, end = read_item(work, gl.minimum(gl.program_id(0), total - 1))
+    pair1, first1, end1 = read_item(work, gl.minimum(gl.program_id(0) + hop, total - 1))
     token = read_tokens(order, pair, first + row, end, N)
+    token1 = read_tokens(order, pair1, first1 + row, end1, N)
+    q, q2 = q_bufs.index(2 * WHICH), q2_bufs.index(2 * WHICH)
     copy_queries(q_ptr, q_strides, pair, heads, token, first + row < end, q, q2, D, UNIT, rest)
     ring = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        # the next item's queries are on the way while this item ends
-        next_pair, next_first, next_end = read_item(work, gl.minimum(item + gl.num_programs(0), total - 1))
+    turn = 0
+    for item in range(gl.program_id(0), total, hop):
+        # queries of the next item are on the way during this one, and the tokens of the one after that
+        pair2, first2, end2 = read_item(work, gl.minimum(item + 2 * hop, total - 1))
+        q, q2 = q_bufs.index(2 * WHICH + turn), q2_bufs.index(2 * WHICH + turn)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        thread_barrier()  # this item's queries are there, and all warps have read those of the last one
+        turn = 1 - turn
+        copy_queries(
+            q_ptr, q_strides, pair1, heads, token1, first1 + row < end1, q_bufs.index(2 * WHICH + turn),
+            q2_bufs.index(2 * WHICH + turn), D, UNIT, rest,
+        )  # fmt: skip
         if first + WHICH * 64 < end:
-            async_copy.wait_group(0)
-            fence_async_shared()
-            thread_barrier()
+            mma_token = read_tokens(order, pair, first + mma_row, end, N)
             slot, phase = ring % STAGES, ring // STAGES & 1
             mbarrier.wait(k_full.index(slot), phase)
-            s = multiply_keys(queries, keys, slot, mma_s, REST)
+            s = multiply_keys((q, q2), keys, slot, mma_s, REST)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot))
             # the last tile comes first: only it may be partial
@@ -198,34 +206,29 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
             p = gl.convert_layout(p.to(q.dtype), p_layout)
             acc = gl.zeros([64, D1], gl.float32, mma_o)
             acc2 = gl.zeros([64, 16], gl.float32, mma_o2)
-            mma_token = read_tokens(order, pair, first + mma_row, end, N)
             gates = g_ptr + (pair // heads).to(gl.int64) * gb + (pair % heads) * gh
             gate = gl.load(gates + mma_token * gn, mask=first + mma_row < end, other=0.0).to(gl.float32)
+            token2 = read_tokens(order, pair2, first2 + row, end2, N)
             mbarrier.wait(v_full.index(slot), phase)
             for i in range(1, tiles):
                 p, acc, acc2, row_max, row_sum = step(
-                    ring + i, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, S
+                    ring + i, (q, q2), keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, S
                 )
             slot = (ring + tiles - 1) % STAGES
             acc, acc2 = multiply_values(p, values, slot, acc, acc2, mma_o2, REST)
-            thread_barrier()  # all warps have read their queries
-            next_token = read_tokens(order, next_pair, next_first + row, next_end, N)
-            copy_queries(
-                q_ptr, q_strides, next_pair, heads, next_token, next_first + row < next_end, q, q2, D, UNIT, rest
-            )
             if REST:
                 acc, acc2, p = warpgroup_mma_wait(0, deps=[acc, acc2, p])
             else:
                 acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(slot))
             factor = gate / row_sum
-            token = read_tokens(order, pair, first + row, end, N)
             o_ptr = out + ((pair // heads).to(gl.int64) * ob + (pair % heads) * oh) * UNIT
             store_rows(o_ptr, token, first + row < end, acc, factor, on * UNIT, 0, D, rows)
             if REST:
                 store_rows(o_ptr, token, first + row < end, acc2, factor, on * UNIT, D1, D, rest)
             ring += tiles
         else:
+            token2 = read_tokens(order, pair2, first2 + row, end2, N)
             if first < end:
                 for i in range(0, tiles):
                     slot, phase = (ring + i) % STAGES, (ring + i) // STAGES & 1
@@ -234,13 +237,8 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
                     mbarrier.wait(v_full.index(slot), phase)
                     mbarrier.arrive(v_empty.index(slot))
                 ring += tiles
-            async_copy.wait_group(0)
-            thread_barrier()
-            next_token = read_tokens(order, next_pair, next_first + row, next_end, N)
-            copy_queries(
-                q_ptr, q_strides, next_pair, heads, next_token, next_first + row < next_end, q, q2, D, UNIT, rest
-            )
-        pair, first, end = next_pair, next_first, next_end
+        pair, first, end, token = pair1, first1, end1, token1
+        pair1, first1, end1, token1 = pair2, first2, end2, token2
     async_copy.wait_group(0)
 
 
@@ -336,14 +334,16 @@ def forward_kernel(
     REST: gl.constexpr = D > D1
     dtype: gl.constexpr = k_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [GROUPS, 64, D1], gl.NVMMASharedLayout.get_default_for([64, D1], dtype))
+    q_bufs = gl.allocate_shared_memory(
+        dtype, [2 * GROUPS, 64, D1], gl.NVMMASharedLayout.get_default_for([64, D1], dtype)
+    )
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D1], dtype)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], wide)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D1], wide)
     if REST:
         narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 16], dtype)
         q2_bufs = gl.allocate_shared_memory(
-            dtype, [GROUPS, 64, 16], gl.NVMMASharedLayout.get_default_for([64, 16], dtype)
+            dtype, [2 * GROUPS, 64, 16], gl.NVMMASharedLayout.get_default_for([64, 16], dtype)
         )
         k2_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, 16], narrow)
         v2_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, 16], narrow)
