@@ -73,7 +73,7 @@ def test_two_gpus(kind):
         pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(root), *(os.path.abspath(p) for p in sys.path if p)])  # as this process finds packages
     done = subprocess.run(
         [*command, "examples/flux_multi_gpu.py", "--tiny", kind, "2"], capture_output=True, text=True, cwd=root,
         timeout=400, env={**os.environ, "PYTHONPATH": path}, check=False,
