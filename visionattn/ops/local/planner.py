@@ -173,10 +173,9 @@ def reasons(call: Call, return_lse: bool) -> dict[str, str | None]:
     }
 
 
-def predict(call: Call, device: str | None = None) -> tuple[dict[str, float], dict]:
-    """Milliseconds of each backend by the model, and the counts behind them. `device`: the GPU, where the tensors are
-    on none."""
-    kernel = kernel_of(call, device)
+def predict(call: Call, device: str | None = None, plan=None) -> tuple[dict[str, float], dict]:
+    """Milliseconds of each backend by the model, and the counts behind them; see :func:`rates.kernel_of`."""
+    kernel = kernel_of(call, device, plan)
     counts = count(call.pattern, call.grid, call.text, call.extra, *kernel.tiles)
     flop = 4 * call.q.shape[3] * call.q.shape[2] * call.q.shape[0] * 1e-9  # of a pair; TFLOP/s are GFLOP per ms
     grid, text = counts["executed"] - counts["text_rows"], counts["text_rows"]
@@ -190,7 +189,7 @@ def predict(call: Call, device: str | None = None) -> tuple[dict[str, float], di
         "dense, unmasked": flop * counts["dense"] / OTHERS["dense"],
     }
     if text:
-        predicted["triton"] += text_rows_of(call, device).ms(flop * text)
+        predicted["triton"] += text_rows_of(call, device, plan).ms(flop * text)
     return predicted, counts
 
 
@@ -216,7 +215,8 @@ def choose(call: Call, return_lse: bool) -> tuple[str, str]:
 def explain_call(call: Call, backend: str, return_lse: bool) -> Explanation:
     found = reasons(call, return_lse)
     name, why = (backend, "asked for") if backend != "auto" else choose(call, return_lse)
-    predicted, counts = predict(call)
+    plan = _plan(call) if call.q.is_cuda and found["triton"] is None else None
+    predicted, counts = predict(call, None, plan)
     return Explanation(
         name,
         why,
@@ -227,15 +227,15 @@ def explain_call(call: Call, backend: str, return_lse: bool) -> Explanation:
         counts["masked"] / max(counts["executed"], 1),
         {k: v for k, v in predicted.items() if k == "dense, unmasked" or found.get(k) is None},
         beats_dense(predicted, name, str(call.q.device) if call.q.is_cuda else None),
-        _kernels(call) if name == "triton" and call.q.is_cuda else (),
+        plan.kernels() if plan is not None and name == "triton" else (),
     )
 
 
-def _kernels(call: Call) -> tuple[str, ...]:
+def _plan(call: Call):
     from .fused import plan_of
 
     tensors = (call.q, call.k, call.v, call.extra_k, call.extra_v, call.bias, call.text_lengths)
-    return plan_of(*tensors, *call.grad_settings()).kernels()
+    return plan_of(*tensors, *call.grad_settings())
 
 
 def kernels_that_ran(grid: tuple[int, ...], pattern: Pattern) -> list[str]:

@@ -46,12 +46,13 @@ GRID = {
 TEXT = {"cudnn": Kernel("cudnn", 510, 510, 0.02), "triton": Kernel("triton", 414, 414, 0.065)}
 
 
-def kernel_of(call: Call, device: str | None = None) -> Kernel:
+def kernel_of(call: Call, device: str | None = None, plan=None) -> Kernel:
     """The kernel that runs the rows of grid queries.
 
     Args:
         call: its tensors may be on the meta device.
-        device: the GPU that would run it; without it the one that the tensors are on, or an H100 with triton 3.6.
+        device: the GPU that would run it; without it an H100 with triton 3.6.
+        plan: the call's :class:`~visionattn.ops.local.fused.Plan`, which knows.
     """
     if isinstance(call.pattern, Disk):
         return GRID["triton, disk"]
@@ -59,13 +60,12 @@ def kernel_of(call: Call, device: str | None = None) -> Kernel:
     if axes == 1:
         return GRID["triton, 1-D"]
     three = axes == 3 and call.grid[0] > 1
-    name = "gluon" if _takes_gluon(call, three, device) else "triton"
+    takes = _takes_gluon(call, three, device) if plan is None else plan.gluon is not None
+    name = "gluon" if takes else "triton"
     return GRID[f"{name}, 3-D" if three else name]
 
 
 def _takes_gluon(call: Call, three: bool, device: str | None) -> bool:
-    if call.q.is_cuda:
-        return _plan(call).gluon is not None
     if device is not None and not _gluon_runs(device):
         return False
     if not isinstance(call.pattern, Neighborhood) or call.q.shape[3] != 128 or call.q.element_size() != 2:
@@ -88,10 +88,10 @@ def _gluon_runs(device: str) -> bool:
     return triton.__version__.startswith(gluon.MEASURED) and gluon._missing() is None
 
 
-def text_rows_of(call: Call, device: str | None = None) -> Kernel:
+def text_rows_of(call: Call, device: str | None = None, plan=None) -> Kernel:
     """What computes the rows of text queries, likewise."""
-    if call.q.is_cuda:
-        return TEXT["triton" if _plan(call).text_chunks is None else "cudnn"]
+    if plan is not None:
+        return TEXT["triton" if plan.text_chunks is None else "cudnn"]
     from . import text
 
     capability = 90
@@ -101,10 +101,3 @@ def text_rows_of(call: Call, device: str | None = None) -> Kernel:
         capability = 0 if off or not torch.backends.cuda.cudnn_sdp_enabled() else 10 * major + minor
     plain = call.text_lengths is None and call.q.element_size() == 2
     return TEXT["cudnn" if plain and text.takes(capability, call.text, call.q.shape[3]) else "triton"]
-
-
-def _plan(call: Call):
-    from . import fused
-
-    tensors = (call.q, call.k, call.v, call.extra_k, call.extra_v, call.bias, call.text_lengths)
-    return fused.plan_of(*tensors, *call.grad_settings())
