@@ -79,15 +79,16 @@ def cudnn_reason(q, k, v) -> str | None:
     return None
 
 
-def with_lse(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def with_lse(q, k, v, scale: float, cudnn: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """PyTorch's fused attention of q (B, H, Nq, D) to k, v (B, H, Nk, D): output and log-sum-exp (B, H, Nq).
 
-    The public function returns no log-sum-exp, so its operators are called. cuDNN's on Hopper, else flash attention.
+    The public function returns no log-sum-exp, so its operators are called: cuDNN's where it takes the call
+    (:func:`cudnn_reason`, asked unless `cudnn` says it), else flash attention.
     """
     aten = torch.ops.aten
     if not q.is_cuda:
         out, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-    elif cudnn_reason(q, k, v) is None:
+    elif cudnn or (cudnn is None and cudnn_reason(q, k, v) is None):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
     else:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)

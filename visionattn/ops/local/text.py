@@ -130,7 +130,7 @@ def forward(p, q, k, v, out, lse) -> None:
     rows = q[:, place].unflatten(2, (p.kv_heads, p.group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if p.text_chunks.count == 1:
-        found, stats = with_lse(rows, keys, values, p.scale)
+        found, stats = with_lse(rows, keys, values, p.scale, cudnn=True)  # as choose() asked
         out[:, place] = found.unflatten(2, (p.group, p.text)).flatten(1, 2).transpose(1, 2)
         lse[:, :, place] = stats.reshape(p.batch, p.heads, p.text)
         return
@@ -149,7 +149,7 @@ def _entry(p, rows, keys, values, out, lse) -> None:
         return x[:, :whole].unflatten(1, (count, size)).transpose(0, 1)
 
     repeated = rows.expand(count, *rows.shape).contiguous()  # cuDNN takes no stride of 0
-    part, stats = with_lse(repeated, chunks(keys), chunks(values), p.scale)
+    part, stats = with_lse(repeated, chunks(keys), chunks(values), p.scale, cudnn=size >= 64)
     if whole < p.N:
         last, more = with_lse(rows[None], keys[None, :, whole:], values[None, :, whole:], p.scale)
         part, stats = torch.cat([part, last]), torch.cat([stats, more])
