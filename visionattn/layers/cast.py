@@ -24,6 +24,13 @@ def scaled(
     return weight, bias * scale if bias is not None else None
 
 
+def lowered(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in autocast's dtype: one cast, and one copy for backward, for all projections that read it."""
+    if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def wants_grad(x: torch.Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
@@ -172,7 +179,15 @@ class Mlp(nn.Module):
 
 
 class _Norm(LayerNorm):
-    """timm's layer norm, and in autocast's dtype, by one kernel, where no gradient is wanted."""
+    """timm's layer norm, and in autocast's dtype, by one kernel (two with its gradient).
+
+    Args:
+        operator: key of :data:`visionattn.ops._triton.IN_AUTO` that decides for ``'auto'``.
+    """
+
+    def __init__(self, *args, operator: str = "norm", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.operator = operator
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:  # TorchScript knows no super()
         if self._fast_norm:
@@ -183,11 +198,9 @@ class _Norm(LayerNorm):
     def fused(self, x: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The sum and its norm in autocast's dtype; None where the kernel is not to be taken."""
         weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling() or not in_auto("norm"):
+        if torch.compiler.is_compiling() or not in_auto(self.operator):
             return None
         if not x.is_cuda or not torch.is_autocast_enabled("cuda"):
-            return None
-        if torch.is_grad_enabled() and any(map(wants_grad, (x, y, weight, bias))):
             return None
         others = (x,) if y is None else (x, y)
         if bias is None or self._fast_norm or any(type(t) is not torch.Tensor or not t.is_contiguous() for t in others):
@@ -198,9 +211,12 @@ class _Norm(LayerNorm):
             return None
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and its like have no memory to read
             return None
-        from visionattn.ops.norm_triton import add_norm
+        from visionattn.ops.norm_triton import AddNorm, add_norm
 
-        return add_norm(x, y, weight, bias, self.eps, torch.get_autocast_dtype("cuda"))
+        arguments = (x, y, weight, bias, self.eps, torch.get_autocast_dtype("cuda"))
+        if torch.is_grad_enabled() and any(map(wants_grad, (x, y, weight, bias))):
+            return AddNorm.apply(*arguments)
+        return add_norm(*arguments)
 
 
 @register_notrace_module

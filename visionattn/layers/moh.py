@@ -7,9 +7,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import nn
 
+from visionattn.ops._triton import cannot_run, in_auto
 from visionattn.ops.moh import load_balance_loss, moh_attention, scaled_softmax, straight_through_gates, top_k_gates
 
 from .mixer import Mixer
@@ -81,6 +83,10 @@ class HeadRouter(Mixer):
 
     def gates(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """Gates (B, N, heads), in at least float32, of the tokens x (B, N, C) with their queries q (B, N, heads, D)."""
+        if not torch.jit.is_scripting():
+            fused = self._fused_gates(x)
+            if fused is not None:
+                return fused
         if self.routed_head == 0:
             if self.shared_head == 1 or self.from_queries:
                 return torch.ones(x.shape[0], x.shape[1], self.shared_head, device=x.device, dtype=x.dtype)
@@ -106,8 +112,34 @@ class HeadRouter(Mixer):
         return torch.cat([shared, kinds[..., 1:] * gates], dim=-1)
 
     @torch.jit.unused
+    def _fused_gates(self, x: torch.Tensor) -> torch.Tensor | None:
+        """:meth:`gates` by one kernel; None where it is not to be taken."""
+        if not x.is_cuda or self.from_queries or torch.compiler.is_compiling() or not in_auto("head_gates"):
+            return None
+        routers = [m for m in (self.wg, self.wg_0, self.wg_1) if type(m) is not nn.Identity]
+        if not routers or any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in routers):
+            return None
+        if torch.jit.is_tracing() or cannot_run(str(x.device), x.dtype) is not None:
+            return None
+        from visionattn.ops.moh.gates_triton import HeadGates, forward
+
+        logits = F.linear(x, torch.cat([m.weight for m in routers]))
+        heads = self.pool if self.routed_head > 0 else 0, self.shared_head, self.routed_head
+        if not self.training:
+            if torch.is_grad_enabled() and logits.requires_grad:
+                return HeadGates.apply(logits, *heads)[0]
+            return forward(logits, *heads)[0]
+        gates, loss = HeadGates.apply(logits, *heads)
+        if loss is not None:
+            self._leave_aux_loss(loss)
+        return gates
+
+    @torch.jit.unused
     def _keep_aux_loss(self, probs: torch.Tensor, selected: torch.Tensor) -> None:
-        loss = load_balance_loss(probs, selected)
+        self._leave_aux_loss(load_balance_loss(probs, selected))
+
+    @torch.jit.unused
+    def _leave_aux_loss(self, loss: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not inside a backward
             self._aux_loss = loss
 

@@ -4,6 +4,7 @@ Every size of map goes: position biases are made for the grid that comes. The pa
 """
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from visionattn.ops.aggregated import aggregated_attention
 from visionattn.ops.conv_glu import conv_glu, takes_kernel
 from visionattn.ops.moh import moh_attention
 
+from .cast import Linear, lowered
 from .moh import HeadRouter
 from .registry import register_module
 
@@ -50,6 +52,8 @@ def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[t
 class ContinuousPositionBias(HeadRouter):
     """What both attentions share: temperature, query embedding, and the bias from distances (paper, section 3.2.3)."""
 
+    __jit_ignored_attributes__ = ["_kept"]
+
     def _init_positions(self, dim: int, num_heads: int, pretrain_grid: tuple[int, int], dd: dict) -> None:
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -58,8 +62,7 @@ class ContinuousPositionBias(HeadRouter):
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, self.head_dim, **dd))
         self.cpb_fc1 = nn.Linear(2, 512, **dd)
         self.cpb_fc2 = nn.Linear(512, num_heads, **dd)
-        self._bias_key = None
-        self._bias = None
+        self._kept: dict = {}
 
     def reset_parameters(self) -> None:
         """Initialises what is not a linear, convolution or norm."""
@@ -68,15 +71,30 @@ class ContinuousPositionBias(HeadRouter):
 
     def position_bias(self, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
         """(heads, H * W, Hp * Wp): the network of the distances, evaluated once for each distinct pair of them."""
+        if torch.jit.is_scripting():
+            pairs, index = self.distances(grid, pooled)
+        else:
+            pairs, index = self._kept_distances(grid, pooled)
+        table = self.cpb_fc2(F.relu(self.cpb_fc1(pairs)))
+        bias = table.t().index_select(1, index)
+        return bias.view(self.num_heads, grid[0] * grid[1], pooled[0] * pooled[1])
+
+    def distances(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct pairs of distances (U, 2), and the index (H * W * Hp * Wp) of each query's and key's."""
         weight = self.cpb_fc1.weight
         rows, row_index = axis_offsets(grid[0], pooled[0], self.pretrain_grid[0], weight.device)
         cols, col_index = axis_offsets(grid[1], pooled[1], self.pretrain_grid[1], weight.device)
         n_rows, n_cols = rows.shape[0], cols.shape[0]
         pairs = torch.stack([rows[:, None].expand(n_rows, n_cols), cols[None].expand(n_rows, n_cols)], dim=-1)
-        table = self.cpb_fc2(F.relu(self.cpb_fc1(pairs.flatten(0, 1).to(weight.dtype))))
         index = row_index[:, None, :, None] * n_cols + col_index[None, :, None, :]
-        bias = table.t().index_select(1, index.flatten())
-        return bias.view(self.num_heads, grid[0] * grid[1], pooled[0] * pooled[1])
+        return pairs.flatten(0, 1).to(weight.dtype), index.flatten()
+
+    @torch.jit.unused
+    def _kept_distances(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.cpb_fc1.weight
+        size = grid[0] * grid[1] * pooled[0] * pooled[1]
+        key = (*grid, *pooled, *self.pretrain_grid, weight.dtype, weight.device)
+        return self._keep("distances", (weight,), key, lambda: self.distances(grid, pooled), size <= _CACHED_ELEMENTS)
 
     def cached_bias(self, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
         """:meth:`position_bias`, kept between evaluations of one size; new weights, dtype or device make a new one."""
@@ -87,30 +105,76 @@ class ContinuousPositionBias(HeadRouter):
     @torch.jit.unused
     def _from_cache(self, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
         weights = (self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias)
+        if self.training or torch.is_grad_enabled():
+            return self.position_bias(grid, pooled)
+        key = (*grid, *pooled, *_made_from(weights))
+        size = self.num_heads * grid[0] * grid[1] * pooled[0] * pooled[1]
+        make = lambda: self.position_bias(grid, pooled)  # noqa: E731
+        return self._keep("bias", weights, key, make, size <= _CACHED_ELEMENTS)
+
+    @torch.jit.unused
+    def merged(self, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weight and bias of linear layers that read the same tokens, one below the other; None where they have hooks
+        or rules of their own."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(map(_is_plain, layers)):
+            return None
+        weights = [m.weight for m in layers] + [m.bias for m in layers]
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            weight = torch.cat([m.weight.flatten(1) for m in layers])
+            return lowered(weight), lowered(torch.cat([m.bias for m in layers]))
+
+        if self.training or torch.is_grad_enabled():
+            return make()
+        return self._keep("merged", weights, _made_from(weights), make)
+
+    def _keep(self, name: str, weights, key: tuple, make, wanted: bool = True):
+        """What ``make()`` gives, kept until the key is another one."""
+        if torch.compiler.is_compiling():
+            return make()
+        found = self._kept.get(name)
+        if found is not None and found[0] == key and all(map(operator.is_, weights, found[1])):
+            return found[2]
         if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            not wanted
             or torch.jit.is_tracing()
             or any(type(w) is not nn.Parameter or w.is_meta or w.is_inference() for w in weights)
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or (weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
         ):
-            return self.position_bias(grid, pooled)
-        device = weights[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (*grid, *pooled, autocast, *((w.data_ptr(), w._version) for w in weights))
-        if self._bias_key != key:
-            bias = self.position_bias(grid, pooled)
-            if bias.numel() > _CACHED_ELEMENTS:
-                return bias
-            self._bias, self._bias_key = bias, key
-        return self._bias
+            return make()
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        if weights[0].is_cuda:
+            torch.cuda.current_stream(weights[0].device).synchronize()  # once: other streams may read it from now on
+        self._kept[name] = (key, tuple(weights), value)
+        return value
+
+    def train(self, mode: bool = True):
+        self._kept = {}  # weights may have been written through .data
+        return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self._bias = self._bias_key = None
+        self._kept = {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_bias": None, "_bias_key": None}
+        return {**super().__getstate__(), "_kept": {}}
+
+
+def _made_from(weights) -> tuple:
+    """What a value that is computed from the weights depends on."""
+    kind = weights[0].device.type
+    autocast = None
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
+    return autocast, *((w.data_ptr(), w._version) for w in weights)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    plain = type(layer) in (nn.Linear, Linear, nn.Conv2d) and layer.bias is not None
+    return plain and not any(hooks) and type(layer.weight) is nn.Parameter
 
 
 def _grid_of(x: torch.Tensor, grid: tuple[int, int] | None, default: tuple[int, int]) -> tuple[int, int]:
@@ -166,8 +230,8 @@ class CosineAttention(ContinuousPositionBias):
         self.attn_drop = attn_drop
         self.backend = backend
         self._init_positions(dim, num_heads, _pretrain(pretrain_size_tokens, self.grid), dd)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self._init_router(dim, num_heads, shared_head, routed_head, "linear", dd)
         self.reset_parameters()
@@ -175,6 +239,8 @@ class CosineAttention(ContinuousPositionBias):
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         B, N, _ = x.shape
         grid = _grid_of(x, grid, self.grid)
+        if not torch.jit.is_scripting():
+            x = lowered(x)
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim)
         q, k, v = F.normalize(qkv[:, :, 0], dim=-1), F.normalize(qkv[:, :, 1], dim=-1), qkv[:, :, 2]
         gates: torch.Tensor | None = self.gates(x, q) if self.routed else None
@@ -242,11 +308,11 @@ class AggregatedAttention(ContinuousPositionBias):
         self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, local, **dd))
         self.learnable_tokens = nn.Parameter(torch.empty(num_heads, self.head_dim, local, **dd))
         self.learnable_bias = nn.Parameter(torch.empty(num_heads, 1, local, **dd))
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.q = Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.sr = nn.Conv2d(dim, dim, 1, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self._init_router(dim, num_heads, shared_head, routed_head, "linear", dd)
         self.reset_parameters()
@@ -265,16 +331,26 @@ class AggregatedAttention(ContinuousPositionBias):
             return min(size[0], H), min(size[1], W)
         return max(H // self.sr_ratio, 1), max(W // self.sr_ratio, 1)
 
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, N, C), keys and values (B, N, 2 C), and what is pooled (B, N, C) before its GELU."""
+        C = x.shape[2]
+        if not torch.jit.is_scripting():
+            merged = self.merged((self.q, self.kv, self.sr))
+            if merged is not None:
+                q, kv, pooled = F.linear(x, merged[0], merged[1]).split([C, 2 * C, C], dim=2)
+                return q, kv, pooled
+        # the 1x1 convolution as a linear: tokens stay tokens
+        return self.q(x), self.kv(x), F.linear(x, self.sr.weight.flatten(1), self.sr.bias)
+
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         B, N, C = x.shape
         H, W = _grid_of(x, grid, self.grid)
         Hp, Wp = self.pooled_grid((H, W))
         heads, dim = self.num_heads, self.head_dim
-        q = self.q(x).view(B, N, heads, dim)
-        kv = self.kv(x).view(B, N, 2, heads, dim)
-
-        # the 1x1 convolution as a linear: tokens stay tokens
-        pooled = F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias))
+        if not torch.jit.is_scripting():
+            x = lowered(x)
+        q, kv, pooled = self.project(x)
+        q, kv, pooled = q.view(B, N, heads, dim), kv.view(B, N, 2, heads, dim), F.gelu(pooled)
         if H % Hp == 0 and W % Wp == 0:  # equal bins: a mean over axes, without the adaptive kernel's atomic gradient
             pooled = pooled.view(B, Hp, H // Hp, Wp, W // Wp, C).mean(dim=(2, 4)).view(B, Hp * Wp, C)
         else:
@@ -332,10 +408,10 @@ class ConvGLU(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = int(2 * (hidden_features or in_features) / 3)
-        self.fc1 = nn.Linear(in_features, 2 * hidden, **dd)
+        self.fc1 = Linear(in_features, 2 * hidden, **dd)
         self.dwconv = DepthwiseConv(hidden, **dd)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, in_features, **dd)
+        self.fc2 = Linear(hidden, in_features, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -26,6 +26,7 @@ from visionattn._timm import (
     register_model,
     update_model_input_size,
 )
+from visionattn.layers.cast import PreNorm, ResidualNorm
 from visionattn.layers.moh import set_aux_weights
 from visionattn.layers.transnext import (
     AggregatedAttention,
@@ -47,15 +48,15 @@ class Block(nn.Module):
 
     def __init__(self, attn: nn.Module, dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, dd: dict):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = PreNorm(dim, eps=1e-6, operator="block_norm", **dd)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = ResidualNorm(dim, eps=1e-6, operator="block_norm", **dd)
         self.mlp = ConvGLU(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.mlp(self.norm2(x), grid))
+        x, y = self.norm2(x, self.drop_path(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path(self.mlp(y, grid))
 
 
 class Stage(nn.Module):

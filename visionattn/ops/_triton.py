@@ -13,7 +13,15 @@ if KERNELS not in ("auto", "triton", "torch"):
     raise ValueError(f"VISIONATTN_KERNELS={KERNELS} is unknown: use auto, triton or torch")
 # kernels that passed their tests on a GPU and were faster there in whole models; the models of the others wait for the
 # CPU, and their kernels took no load off it
-IN_AUTO = {"conv_glu": False, "depthwise": False, "inline": False, "mala": True, "norm": False}
+IN_AUTO = {
+    "block_norm": False,  # the norm of large models, TransNeXt's
+    "conv_glu": False,
+    "depthwise": False,
+    "head_gates": False,
+    "inline": False,
+    "mala": True,
+    "norm": False,
+}
 
 
 @torch.jit.unused
