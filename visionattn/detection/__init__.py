@@ -19,6 +19,10 @@ from .mmcv_ext import ensure_mmcv_ops
 
 ensure_mmcv_ops()  # before anything imports mmdet.models or mmcv.ops
 
+from .packages import find_by_import_name  # noqa: E402
+
+find_by_import_name()  # before a config that inherits from mmseg's is read
+
 from .registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 
 _LAZY = {

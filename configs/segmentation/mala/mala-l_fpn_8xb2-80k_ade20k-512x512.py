@@ -1,0 +1,6 @@
+_base_ = "./mala-t_fpn_8xb2-80k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(model="mala_large", drop_path_rate=0.55, init_cfg=dict(checkpoint="mala_large.in1k")),
+    neck=dict(in_channels=[96, 192, 448, 640]),
+)

@@ -1,0 +1,21 @@
+_base_ = [
+    "../_base_/upernet.py",
+    "../_base_/ade20k_512x512.py",
+    "../_base_/schedule_upernet_160k.py",
+    "mmseg::_base_/default_runtime.py",
+    "../../detection/_base_/visionattn.py",
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="visionattn.Backbone",
+        model="nat_mini",
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.2,
+        out_norm=True,
+        init_cfg=dict(type="Pretrained", checkpoint="nat_mini.in1k"),
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
