@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from . import counts, fused
-from .patterns import Cross, Neighborhood
+from . import counts, fused, steps
+from .patterns import Cross, Disk, Neighborhood, radius_squared
 from .tiles import Shape
 
 
@@ -42,6 +42,22 @@ class Setting:
         return math.prod(self.part)
 
 
+@dataclass(frozen=True)
+class DiskSetting:
+    """A variant of the disk's kernel: warpgroups (y, x) of 8 x 8 queries that share loads, keys of a step and the
+    height of the pieces that it is gathered from (steps.py), and the rest as of :class:`Setting`."""
+
+    groups: tuple[int, int] = (1, 2)
+    keys: int = 128
+    height: int = 8
+    stages: int = 3
+    in_registers: bool = False
+    lazy: bool = False
+    merge: bool = False
+    registers: tuple[int, int] = (240, 24)
+    cap: int = 168
+
+
 def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
     """Why the kernels can't run on these arguments, or None."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
@@ -50,6 +66,8 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
         return f"needs bfloat16 or float16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"needs heads of 64 or 128 channels, got {q.shape[-1]}"
+    if isinstance(pattern, Disk) and (len(grid) != 2 or q.shape[-1] != 128):
+        return "needs grids of two axes and heads of 128 channels for disks"
     if ek is not None or bias is not None or (lengths is not None and text):
         return "has no extra keys, biases or text lengths"
     if not isinstance(pattern, Cross) and any(d > 1 for d in fused.boxes(pattern, grid).dilations):
@@ -73,6 +91,7 @@ def _missing() -> str | None:
 # As measured on an H100 (docs/kernels.md): of windows in two axes, and in three.
 WINDOW = Setting(pingpong=True)
 VIDEO = Setting(query=(2, 8, 8), key=(2, 8, 8), part=(1, 8, 8))
+DISK = DiskSetting()
 # The least share of visited tiles that need no mask: window 80 of stride 1 (0.64) was 1.14 times as fast as with
 # Triton's kernel, window 48 (0.42) 0.91 times, and disks, with many masks, were slower too.
 FULL = 0.6
@@ -82,7 +101,7 @@ FULL = 0.6
 MEASURED = ("3.6.",)
 
 
-def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setting | None:
+def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setting | DiskSetting | None:
     """What the grid's rows run with, or None for the Triton kernel.
 
     which: ``'auto'`` takes Gluon where it was measured to be faster: windows of heads of 128 channels most of whose
@@ -91,10 +110,12 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
     """
     if which == "triton" or (which == "auto" and failed):
         return None
-    if not isinstance(pattern, Neighborhood) or len(grid) == 1:
+    if not isinstance(pattern, (Neighborhood, Disk)) or len(grid) == 1:
         return None
     if reason(q, k, v, ek, bias, lengths, grid, pattern, text) is not None:
         return None
+    if isinstance(pattern, Disk):
+        return DISK if which == "gluon" else None
     setting = VIDEO if fused.boxes(pattern, grid).three else WINDOW
     if which == "gluon":
         return setting
@@ -102,7 +123,7 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
         return None
     visited, full = counts.visits(pattern, grid, setting.query, setting.key)
     tiles = math.prod(fused.boxes(pattern, grid).tiles(setting.query)) * q.shape[0] * q.shape[2]
-    fills = tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count
+    fills = tiles >= _processors(q.device)
     return setting if q.shape[-1] == 128 and fills and full >= FULL * visited else None
 
 
@@ -126,10 +147,14 @@ def _describe(found, block):
     return TensorDescriptor(found.base, list(found.shape), list(found.strides), list(block), layout)
 
 
+def _processors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _programs(setting: Setting, tiles: int, device) -> int:
     if not (setting.special and setting.persistent):
         return tiles
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, _processors(device))
 
 
 def _launch(p, setting, descriptors, pointers, sizes, box, rest, tiles, kind, three, causal, parts):
@@ -143,8 +168,10 @@ def _launch(p, setting, descriptors, pointers, sizes, box, rest, tiles, kind, th
     )  # fmt: skip
 
 
-def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting) -> None:
+def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting | DiskSetting) -> None:
     """The rows of grid queries. `lse` (B, heads, N)."""
+    if isinstance(setting, DiskSetting):
+        return disk_forward(p, q, k, v, out, lse, setting)
     b = p.boxes
     table, classes = p.table(setting.query, setting.key)
     for batch, count in p.batches() if b.three else [(0, p.batch)]:
@@ -168,6 +195,42 @@ def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting) -> None:
         )  # fmt: skip
 
 
+_lists: dict[tuple, tuple[list[torch.Tensor], int]] = {}
+
+
+def _device_lists(pattern: Disk, grid, setting: DiskSetting, device) -> tuple[list[torch.Tensor], int]:
+    """What steps.disk_lists returns, on a device; made once."""
+    shape = radius_squared(pattern), tuple(grid), setting.groups, setting.keys, setting.height
+    found = _lists.get((*shape, str(device)))
+    if found is None:
+        if len(_lists) >= 256:
+            _lists.clear()
+        *lists, count = steps.disk_lists(*shape)
+        found = _lists[(*shape, str(device))] = [torch.from_numpy(x.reshape(-1)).to(device) for x in lists], count
+    return found
+
+
+def disk_forward(p: fused.Plan, q, k, v, out, lse, setting: DiskSetting) -> None:
+    """The rows of grid queries of a disk."""
+    from . import kernels_disk
+
+    half = kernels_disk.HALF.value
+    tile, piece, run = (1, 8, 8), (1, setting.height, 8), [1, setting.keys, 1, half]
+    lists, count = _device_lists(p.pattern, p.grid, setting, p.device)
+    shapes = ((q, tile), (k, piece), (v, piece), (out, tile))
+    *grids, o_desc = (_describe(p.grid_descriptor(x, y, 0), [*y, 1, half]) for x, y in shapes)
+    # without text there is no run: a descriptor has to be valid, and is never used
+    runs = [_describe(p.run_descriptor(x, p.text_at if p.text else 0, p.text or 1, setting.keys), run) for x in (k, v)]
+    tiles_y, tiles_x = (-(-n // (steps.SIDE * g)) for n, g in zip(p.grid, setting.groups, strict=True))
+    tiles = tiles_y * tiles_x * p.heads * p.batch
+    kernels_disk.disk_forward[(min(tiles, _processors(p.device)),)](
+        *grids, *runs, o_desc, lse, *lists, *p.grid, p.heads, tiles_y, tiles_x, p.text, count, tiles, p.group, p.N,
+        p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
+        QREG=setting.in_registers, LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height,
+        REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+    )  # fmt: skip
+
+
 def best_chunks(programs: int, length: int, block: int, processors: int) -> int:
     """Into how many chunks the keys of `programs` tiles are cut so that the multiprocessors end together."""
     most = max(1, min(24, length // (8 * block)))
@@ -183,7 +246,7 @@ def text_forward(p: fused.Plan, q, k, v, setting: Setting) -> tuple[torch.Tensor
     """Parts of the rows of text queries: (chunks, B, heads, text, D), and log-sum-exp of base 2, in float32."""
     queries = math.prod(setting.query)
     tiles = triton.cdiv(p.text, queries)
-    processors = torch.cuda.get_device_properties(p.device).multi_processor_count
+    processors = _processors(p.device)
     chunks = best_chunks(tiles * p.heads * p.batch, p.N, setting.keys, processors)
     chunk = triton.cdiv(triton.cdiv(p.N, chunks), setting.keys) * setting.keys
     chunks = triton.cdiv(p.N, chunk)
