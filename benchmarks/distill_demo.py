@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import functools
 import io
+import math
 import platform
 import re
 import time
@@ -240,7 +241,7 @@ def train_teacher(
     while done < 1:
         done = max((step + 1) / size.teacher_steps, (time.monotonic() - begin) / seconds)
         for group in optimizer.param_groups:
-            group["lr"] = size.lr * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * min(1, done)))
+            group["lr"] = size.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
         draw = torch.Generator(device).manual_seed(step)
         rows = torch.randint(len(clean), (size.teacher_batch,), device=device, generator=draw)
         t = torch.rand(len(rows), device=device, generator=draw)
