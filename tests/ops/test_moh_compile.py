@@ -28,7 +28,10 @@ def record(monkeypatch, module, names) -> list[Recorder]:
 def moh_launches(monkeypatch, dim, dtype, capability, N=1024):
     recorders = record(monkeypatch, moh_fused.kernels, ["partition", "moh_forward"])
     qkv = torch.empty(2, N, 3, 4, dim, dtype=dtype)
-    moh_fused.forward(*qkv.unbind(2), torch.ones(2, N, 4), dim**-0.5, moh_fused.pick_tiles(dim, dtype, capability))
+    gates = torch.ones(2, N, 4)
+    moh_fused.forward(*qkv.unbind(2), gates, dim**-0.5, moh_fused.pick_tiles(dim, dtype, capability))
+    if capability == 90:
+        moh_fused.list_tokens(gates, 2)  # with the Gluon kernel's items
     return recorders
 
 
