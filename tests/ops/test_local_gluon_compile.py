@@ -19,7 +19,30 @@ if gluon._missing() is not None:
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from visionattn.ops.local import kernels_hopper
+from visionattn.ops.local import kernels_disk, kernels_hopper
+
+
+def build(kernel, constants, blocks, setting, warps):
+    """As a launch would: `blocks` of the descriptors that are there."""
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or (name.endswith("_desc") and name not in blocks):
+            signature[name] = "constexpr"
+            constexprs[(i,)] = constants.get(name)
+        elif name.endswith("_desc"):
+            block = list(blocks[name])
+            layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+            signature[name] = f"tensordesc<bf16{block},{layout!r}>"
+        elif name in POINTERS:
+            signature[name] = POINTERS[name]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "qk_scale" else "i32"
+    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, maxnreg=setting.cap))
+
+
+POINTERS = {"lse_ptr": "*fp32", "table": "*i32", "edges": "*i64", "bits": "*i64"}
 
 
 def compile_forward(setting, text: bool, dim=128):
@@ -30,24 +53,22 @@ def compile_forward(setting, text: bool, dim=128):
         PINGPONG=setting.pingpong, SKIP=setting.skip, REGISTERS=setting.registers, len_ptr=None, table=None, o_ptr=None,
     )  # fmt: skip
     blocks = {"q_desc": setting.part, "o_desc": setting.part, "k_desc": setting.key, "v_desc": setting.key}
-    run = [1, math.prod(setting.key), 1, dim]
-    signature, constexprs, attrs = {}, {}, {}
-    for i, name in enumerate(kernels_hopper.forward_kernel.arg_names):
-        if name in constants or (name in ("kt_desc", "vt_desc") and not text):
-            signature[name] = "constexpr"
-            constexprs[(i,)] = constants.get(name)
-        elif name.endswith("_desc"):
-            block = [*blocks[name], 1, dim] if name in blocks else run
-            layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-            signature[name] = f"tensordesc<bf16{block},{layout!r}>"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32"
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "qk_scale" else "i32"
-    source = GluonASTSource(kernels_hopper.forward_kernel, signature, constexprs, attrs)
-    options = dict(num_warps=setting.rows // 16, maxnreg=setting.cap)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    blocks = {name: (*block, 1, dim) for name, block in blocks.items()}
+    if text:
+        blocks |= dict.fromkeys(("kt_desc", "vt_desc"), (1, math.prod(setting.key), 1, dim))
+    return build(kernels_hopper.forward_kernel, constants, blocks, setting, setting.rows // 16)
+
+
+def compile_disk(setting):
+    constants = dict(
+        QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages, QREG=setting.in_registers,
+        LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height, REGISTERS=setting.registers,
+    )  # fmt: skip
+    half = kernels_disk.HALF.value
+    blocks = dict.fromkeys(("q_desc", "o_desc"), (1, 8, 8, 1, half))
+    blocks |= dict.fromkeys(("k_desc", "v_desc"), (1, setting.height, 8, 1, half))
+    blocks |= dict.fromkeys(("kt_desc", "vt_desc"), (1, setting.keys, 1, half))
+    return build(kernels_disk.disk_forward, constants, blocks, setting, 4)
 
 
 @pytest.mark.parametrize(("setting", "text"), [(gluon.WINDOW, True), (gluon.VIDEO, False)], ids=["window", "video"])
@@ -56,3 +77,10 @@ def test_compiles(setting, text):
     assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
     assert "wgmma" in compiled.asm["ptx"]
     assert "LOCAL:0 " in usage(compiled), usage(compiled)  # bytes spilled
+
+
+def test_disk_compiles():
+    compiled = compile_disk(gluon.DISK)
+    assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
+    assert "wgmma" in compiled.asm["ptx"]
+    assert "LOCAL:0 " in usage(compiled), usage(compiled)
