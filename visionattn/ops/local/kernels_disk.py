@@ -180,11 +180,13 @@ def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale
     acc0 = warpgroup_mma(p, v_bufs.index(2 * old_slot), acc0, is_async=True)
     acc1 = warpgroup_mma(p, v_bufs.index(2 * old_slot + 1), acc1, is_async=True)
     s = warpgroup_mma_wait(2, deps=[s])
+    if MASKED:
+        # ends a basic block: else ptxas looks at the words' bits early and keeps them in registers. The keys are not
+        # given back yet, so that the barrier cannot have gone on to its next phase.
+        mbarrier.wait(k_full.index(slot), phase)
     if not MERGE:
         mbarrier.arrive(k_empty.index(slot))
     if MASKED:
-        # ends a basic block: else ptxas looks at the words' bits early and keeps them in registers
-        mbarrier.wait(k_full.index(slot), phase)
         s = hide(s, words, BN)
     new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, LAZY)
     new = gl.convert_layout(new.to(p.dtype), p.type.layout)
