@@ -36,6 +36,7 @@ class Layer:
         self.pool_weight: torch.Tensor | None = None  # CLEAR's, (f, f), shared by heads and channels
         self.timing = Timing()
         self.reason: str | None = None  # why the last call was dense
+        self.covers = False  # whether the pattern covers this call's grid; found outside of compiled graphs
         self.overruled = False  # a hook of diffusers catches PyTorch's own attention, in this call of the transformer
         self.previous: Any = None
         self.member = None  # of diffusers' enum, what the processors ask for
@@ -101,7 +102,7 @@ class Layer:
             return "causal or with dropout"
         if attn_mask is not None and not (layout.padded_text and role == "joint"):
             return "it has a mask that is not the text's padding"
-        if self.pattern.dense(layout.grid):
+        if self.covers:
             return "the pattern covers the whole grid"
         return None if shards is None else parallel.why_not(self.pattern, shards)
 
@@ -258,6 +259,7 @@ class Session:
         if self.layout is not None:
             for layer in self.layers.values():
                 layer.pattern.check(self.layout.grid)
+                layer.covers = layer.pattern.dense(self.layout.grid)
         self._count_step(call.get("timestep") if self.problem is None else None)
 
     def _share(self) -> None:
