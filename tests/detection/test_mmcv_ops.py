@@ -347,7 +347,7 @@ def test_tool(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "beside ['--lr', '1'] __main__\n"
     assert {"train", "test", "analysis_tools/get_flops"} <= set(tool.tools())
     for wrong in ("tset", str(tmp_path / "none.py")):
-        with pytest.raises(SystemExit, match=r"neither a tool of the installed mmdet nor a script; try .*test"):
+        with pytest.raises(SystemExit, match=r"neither a tool of what is installed nor a script; try .*test"):
             tool.main([wrong])
     tool.main(["--help"])
     assert "\n  train\n" in capsys.readouterr().out

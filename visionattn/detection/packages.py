@@ -1,7 +1,7 @@
 """Configs that inherit ``mmseg::...`` where mmsegmentation is installed as ``onedl-mmsegmentation``.
 
-mmengine (0.10.12 of the fork, too) looks for ``mmseg::_base_/...`` in a distribution named mmsegmentation, and says that
-it is not installed where the fork is. It finds a package by the name it is imported under as well.
+mmengine, also the fork's 0.10.12, looks for ``mmseg::_base_/...`` in a distribution named mmsegmentation, and says that
+it is not installed where the fork is. It finds a package by the name that it is imported under as well.
 """
 
 import importlib.util

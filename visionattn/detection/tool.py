@@ -42,13 +42,13 @@ def _tools(package: str) -> dict[str, Path]:
 def main(arguments: list[str]) -> None:
     """Runs the tool or script ``arguments[0]`` with the rest as its command line."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m visionattn.detection.tool TOOL [ARGUMENTS]\ntools of mmdet and mmsegmentation:", *tools(), sep="\n  ")
+        print("usage: python -m visionattn.detection.tool TOOL [ARGUMENTS]\ntools:", *tools(), sep="\n  ")
         return
     name, *rest = arguments
     script = Path(name) if name.endswith(".py") else tools().get(name)
     if script is None or not script.is_file():
         close = difflib.get_close_matches(name, tools(), n=3, cutoff=0.4) or ["train", "test"]
-        sys.exit(f"{name!r} is neither a tool of the installed mmdet or mmsegmentation nor a script; try {', '.join(close)}, or --help")
+        sys.exit(f"{name!r} is neither a tool of what is installed nor a script; try {', '.join(close)}, or --help")
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
