@@ -210,7 +210,7 @@ def test_runs_at_once_are_the_runs_alone(small):
         assert [row["val_loss"] for row in a.history] == [row["val_loss"] for row in b.history]
         assert all(torch.equal(x, y) for x, y in zip(a.net.parameters(), b.net.parameters(), strict=True))
     with pytest.raises(UserError, match="without dropout"):
-        train_together([trainer(1, 1, in_feat_dropout=0.1)])
+        train_together([trainer(1, 1), trainer(2, 1, in_feat_dropout=0.1)])
     broken = trainer(1, 2)
     broken.evaluate = lambda split: {"loss": float("nan"), "accuracy": 0.0}
     other = trainer(2, 2)

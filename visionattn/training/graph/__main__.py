@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last save", file=sys.stderr)
+        return 130
 
 
 def _replaced(values: dict, options: list[str]) -> dict:
@@ -75,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
         return run_superpixels(values, args)
     configs = [load_config(values)]
     if args.run:
-        configs = [load_config(_replaced(values, text.split())) for text in args.run]
-        for cfg, text in zip(configs, args.run, strict=True):
-            if not any(option.startswith("output=") for option in text.split()):
-                cfg.output += "-" + "-".join(text.split()).replace("/", "_")
+        runs = [shlex.split(text) for text in args.run]
+        configs = [load_config(_replaced(values, options)) for options in runs]
+        for cfg, options in zip(configs, runs, strict=True):
+            if options and not any(option.startswith("output=") for option in options):
+                cfg.output += "-" + "-".join(options).replace("/", "_").replace(" ", "")
     if len({Path(cfg.output).resolve() for cfg in configs}) < len(configs):
         raise UserError("two runs have the same output: give each --run options of its own.")
     loaded: dict[tuple, dict] = {}
@@ -98,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         ended = train_together(trainers, left, after_epoch)
     finally:
         for trainer in trainers:
-            save(trainer, Path(trainer.cfg.output))
+            if not trainer.mid_epoch:
+                save(trainer, Path(trainer.cfg.output))
     for trainer, done in zip(trainers, ended, strict=True):
         result = summary(trainer, done)
         atomic_write(Path(trainer.cfg.output) / "result.json", json.dumps(result, indent=2) + "\n")

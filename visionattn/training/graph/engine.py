@@ -147,6 +147,7 @@ class GraphTrainer:
             self._stand_in, mode="min", factor=cfg.factor, patience=cfg.patience
         )
         self.epoch, self.history, self.seconds = 0, [], 0.0
+        self.mid_epoch = False  # True: interrupted between two epochs' states, not to be saved
         self.best: dict[str, Any] | None = None  # epoch, val_accuracy and net (on the CPU) of the best one on val
         self.update = GraphTransformerLayer.update
         self.padded_update = torch.compile(self.update, dynamic=False) if cfg.compile else self.update
@@ -293,6 +294,7 @@ class GraphTrainer:
                 return False
             if max_seconds and start - begin + longest > max_seconds:
                 return False
+            self.mid_epoch = True
             train, val = self.train_epoch(), self.evaluate("val")
             row = {"epoch": self.epoch, "lr": self.lr, "train_loss": train["loss"], "train_accuracy": train["accuracy"]}
             row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
@@ -306,6 +308,7 @@ class GraphTrainer:
             longest = max(longest, seconds) if len(self.history) else 0.0
             row["seconds"] = round(seconds, 3)
             self.history.append(row)
+            self.mid_epoch = False
             log(" ".join(f"{k}={v:.6g}" for k, v in row.items()))
             if val["loss"] != val["loss"]:
                 raise UserError(f"the validation loss is not a number after epoch {self.epoch}: lower lr.")

@@ -7,6 +7,7 @@ overlap.
 import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -20,14 +21,16 @@ def train_together(
     """Fits every trainer at the same time; each computes what it would alone. Whether each one's recipe has ended.
 
     Args:
-        trainers: on one device, without dropout (its random numbers come from one generator of the process).
+        trainers: on one device; several of them without dropout (its random numbers come from one generator).
         max_seconds: see :meth:`GraphTrainer.fit`.
         log: takes the number of a trainer and a line of its.
 
     Raises:
-        UserError: for a net with dropout.
+        UserError: for several nets with dropout.
         Whatever a fit raised, after the others have ended; KeyboardInterrupt after the epoch that each is in.
     """
+    if len(trainers) == 1:
+        return [trainers[0].fit(max_seconds, lambda line: log and log(0, line))]
     for trainer in trainers:
         if any(isinstance(m, torch.nn.Dropout) and m.p for m in trainer.net.modules()) or any(
             layer.dropout for layer in trainer.net.layers
@@ -39,35 +42,23 @@ def train_together(
             trainer.prepare()
     if any(streams):
         torch.cuda.synchronize()
-    if len(trainers) == 1:
-        with _on(streams[0]):
-            return [trainers[0].fit(max_seconds, lambda line: log and log(0, line))]
-    ended, failed, stop = [False] * len(trainers), [], threading.Event()
+    stop = threading.Event()
 
-    def fit(i: int) -> None:
+    def fit(i: int) -> bool:
+        with _on(streams[i]):
+            return trainers[i].fit(max_seconds, lambda line: log and log(i, line), stop)
+
+    with ThreadPoolExecutor(len(trainers)) as pool:
+        runs = [pool.submit(fit, i) for i in range(len(trainers))]
         try:
-            with _on(streams[i]):
-                ended[i] = trainers[i].fit(max_seconds, lambda line: log and log(i, line), stop)
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=fit, args=(i,)) for i in range(len(trainers))]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        raise
-    finally:
-        if any(streams):
-            torch.cuda.synchronize()
-    if failed:
-        raise failed[0]
-    return ended
+            wait(runs)  # not a thread's join: interrupted, that counts a thread as ended which is not
+        except BaseException:
+            stop.set()
+            wait(runs)
+            raise
+    if any(streams):
+        torch.cuda.synchronize()
+    return [run.result() for run in runs]
 
 
 def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
