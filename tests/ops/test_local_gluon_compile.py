@@ -38,11 +38,13 @@ def build(kernel, constants, blocks, setting, warps):
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "qk_scale" else "i32"
+            if name in ("o_batch", "o_token", "o_head"):
+                attrs[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, maxnreg=setting.cap))
 
 
-POINTERS = {"lse_ptr": "*fp32", "table": "*i32", "edges": "*i64", "bits": "*i64"}
+POINTERS = {"o_ptr": "*bf16", "lse_ptr": "*fp32", "table": "*i32", "edges": "*i64", "bits": "*i64"}
 
 
 def compile_forward(setting, text: bool, dim=128):
@@ -62,7 +64,8 @@ def compile_forward(setting, text: bool, dim=128):
 def compile_disk(setting):
     constants = dict(
         QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages, QREG=setting.in_registers,
-        LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height, REGISTERS=setting.registers,
+        LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height,
+        DIRECT=setting.direct, REGISTERS=setting.registers,
     )  # fmt: skip
     half = kernels_disk.HALF.value
     blocks = dict.fromkeys(("q_desc", "o_desc"), (1, 8, 8, 1, half))

@@ -54,6 +54,7 @@ class DiskSetting:
     in_registers: bool = False
     lazy: bool = False
     merge: bool = False
+    direct: bool = False
     registers: tuple[int, int] = (240, 24)
     cap: int = 168
 
@@ -224,10 +225,10 @@ def disk_forward(p: fused.Plan, q, k, v, out, lse, setting: DiskSetting) -> None
     tiles_y, tiles_x = (-(-n // (steps.SIDE * g)) for n, g in zip(p.grid, setting.groups, strict=True))
     tiles = tiles_y * tiles_x * p.heads * p.batch
     kernels_disk.disk_forward[(min(tiles, _processors(p.device)),)](
-        *grids, *runs, o_desc, lse, *lists, *p.grid, p.heads, tiles_y, tiles_x, p.text, count, tiles, p.group, p.N,
-        p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
+        *grids, *runs, o_desc, out, lse, *lists, *out.stride()[:3], *p.grid, p.heads, tiles_y, tiles_x, p.text, count,
+        tiles, p.group, p.N, p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
         QREG=setting.in_registers, LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height,
-        REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+        DIRECT=setting.direct, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
     )  # fmt: skip
 
 

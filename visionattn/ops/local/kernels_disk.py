@@ -219,12 +219,13 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
     LAZY: gl.constexpr = CONST[4]
     MERGE: gl.constexpr = CONST[5]
     BN: gl.constexpr = CONST[6]
+    DIRECT: gl.constexpr = CONST[8]
     GROUPS: gl.constexpr = QY * QX
     S: gl.constexpr = (STAGES, BN, LAZY, MERGE)
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
     q_full, q_empty = q_bars
-    o_desc, lse_ptr = outs
+    o_desc, o_ptr, o_strides, lse_ptr = outs
     sizes, group, N, first, qk_scale, lists = numbers
     H, W, heads, tiles_y, tiles_x, text, steps, total_tiles = sizes
     table, edges, bits = lists
@@ -298,6 +299,8 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
             held = ring
             ring += 1
 
+        if DIRECT:
+            mbarrier.arrive(q_empty.index(WHICH))  # the last logits are there
         slot = held % STAGES
         acc0 = warpgroup_mma(p, v_bufs.index(2 * slot), acc0, is_async=True)
         acc1 = warpgroup_mma(p, v_bufs.index(2 * slot + 1), acc1, is_async=True)
@@ -311,16 +314,27 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
         qy, qx = y + m // 8, x + m % 8
         at_lse = (batch * heads + head).to(gl.int64) * N + first + qy * W + qx
         gl.store(lse_ptr + at_lse, lse, mask=(qy < H) & (qx < W))
-        # the output takes the queries' place: all have been read
-        thread_barrier()
-        q_buf0.store((acc0 * factor).to(q_bufs.dtype))
-        q_buf1.store((acc1 * factor).to(q_bufs.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], _as(q_buf0, o_desc))
-        tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, HALF], _as(q_buf1, o_desc))
-        tma.store_wait(0)
-        thread_barrier()
-        mbarrier.arrive(q_empty.index(WHICH))
+        if DIRECT:
+            stride_b, stride_n, stride_h = o_strides
+            m = gl.arange(0, M, layout=gl.SliceLayout(1, mma_o))
+            d = gl.arange(0, HALF, layout=gl.SliceLayout(0, mma_o))
+            qy, qx = y + m // 8, x + m % 8
+            base = o_ptr + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
+            at = (base + (first + qy * W + qx).to(gl.int64) * stride_n)[:, None] + d[None, :]
+            inside = ((qy < H) & (qx < W))[:, None]
+            gl.store(at, (acc0 * factor).to(q_bufs.dtype), mask=inside)
+            gl.store(at + HALF, (acc1 * factor).to(q_bufs.dtype), mask=inside)
+        else:
+            # the output takes the queries' place: all have been read
+            thread_barrier()
+            q_buf0.store((acc0 * factor).to(q_bufs.dtype))
+            q_buf1.store((acc1 * factor).to(q_bufs.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], _as(q_buf0, o_desc))
+            tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, HALF], _as(q_buf1, o_desc))
+            tma.store_wait(0)
+            thread_barrier()
+            mbarrier.arrive(q_empty.index(WHICH))
         done += 1
 
 
@@ -428,10 +442,10 @@ NUMBERS = ["H", "W", "heads", "tiles_y", "tiles_x", "text", "steps", "tiles", "g
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def disk_forward(
-    q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, lse_ptr, table, edges, bits,
-    H, W, heads, tiles_y, tiles_x, text, steps, tiles, group, length, first, qk_scale,
+    q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, o_ptr, lse_ptr, table, edges, bits,
+    o_batch, o_token, o_head, H, W, heads, tiles_y, tiles_x, text, steps, tiles, group, length, first, qk_scale,
     QY: gl.constexpr, QX: gl.constexpr, STAGES: gl.constexpr, QREG: gl.constexpr, LAZY: gl.constexpr,
-    MERGE: gl.constexpr, BN: gl.constexpr, PH: gl.constexpr, REGISTERS: gl.constexpr,
+    MERGE: gl.constexpr, BN: gl.constexpr, PH: gl.constexpr, DIRECT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a grid over text and disks. QY x QX warpgroups of 8 x 8 queries share the loads of keys and values."""
     GROUPS: gl.constexpr = QY * QX
@@ -463,8 +477,8 @@ def disk_forward(
     sizes = (H, W, heads, tiles_y, tiles_x, text, steps, tiles)
     numbers = (sizes, group, length, first, qk_scale, (table, edges, bits))
     descs = (q_desc, k_desc, v_desc, kt_desc, vt_desc)
-    outs = (o_desc, lse_ptr)
-    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY, MERGE, BN, PH)
+    outs = (o_desc, o_ptr, (o_batch, o_token, o_head), lse_ptr)
+    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY, MERGE, BN, PH, DIRECT)
     if GROUPS == 1:
         gl.warp_specialize(
             [
