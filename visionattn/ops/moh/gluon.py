@@ -20,8 +20,8 @@ class Setting:
 
     groups: int = 2
     keys: int = 128
-    stages: int = 3
-    registers: tuple[int, int] = (240, 24)
+    stages: int = 4
+    registers: tuple[int, int] = (232, 40)
     programs: int = 1
 
     @property

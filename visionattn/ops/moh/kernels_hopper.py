@@ -99,7 +99,7 @@ def step(ring, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_s
     mma_o: gl.constexpr = CONST[2]
     mma_o2: gl.constexpr = CONST[3]
     REST: gl.constexpr = CONST[4]
-    k_full, v_full, k_empty, v_empty = bars
+    k_full, v_full, empty = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
     old_slot = (ring - 1) % STAGES
 
@@ -110,7 +110,6 @@ def step(ring, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_s
         s = warpgroup_mma_wait(2, deps=[s])
     else:
         s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_empty.index(slot))
     new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale)
     new = gl.convert_layout(new.to(p.dtype), p.type.layout)
     # This wait for the values of the next step ends a basic block: without it ptxas moves the exponentials behind the
@@ -120,7 +119,7 @@ def step(ring, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_s
         acc, acc2, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, acc2, p, new, row_sum])
     else:
         acc, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, p, new, row_sum])
-    mbarrier.arrive(v_empty.index(old_slot))
+    mbarrier.arrive(empty.index(old_slot))
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o))[:, None]
     if REST:
         acc2 = acc2 * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o2))[:, None]
@@ -143,7 +142,7 @@ def store_rows(out, token, inside, acc, factor, on, first: gl.constexpr, D: gl.c
 def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: gl.constexpr):
     """A warpgroup: logits, softmax, output of its 64 queries of each item."""
     q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
-    k_full, v_full, k_empty, v_empty = bars
+    k_full, v_full, empty = bars
     q_ptr, g_ptr, out, order, work, total_ptr = pointers
     q_strides, g_strides, o_strides = strides
     N, M, heads, qk_scale = numbers
@@ -197,7 +196,6 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
             mbarrier.wait(k_full.index(slot), phase)
             s = multiply_keys((q, q2), keys, slot, mma_s, REST)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(slot))
             # the last tile comes first: only it may be partial
             s = gl.where((key < M - (tiles - 1) * BN)[None, :], s, -float("inf"))
             row_max = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, mma_s))
@@ -220,7 +218,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
                 acc, acc2, p = warpgroup_mma_wait(0, deps=[acc, acc2, p])
             else:
                 acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            mbarrier.arrive(v_empty.index(slot))
+            mbarrier.arrive(empty.index(slot))
             factor = gate / row_sum
             o_ptr = out + ((pair // heads).to(gl.int64) * ob + (pair % heads) * oh) * UNIT
             store_rows(o_ptr, token, first + row < end, acc, factor, on * UNIT, 0, D, rows)
@@ -233,9 +231,8 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
                 for i in range(0, tiles):
                     slot, phase = (ring + i) % STAGES, (ring + i) // STAGES & 1
                     mbarrier.wait(k_full.index(slot), phase)
-                    mbarrier.arrive(k_empty.index(slot))
                     mbarrier.wait(v_full.index(slot), phase)
-                    mbarrier.arrive(v_empty.index(slot))
+                    mbarrier.arrive(empty.index(slot))
                 ring += tiles
         pair, first, end, token = pair1, first1, end1, token1
         pair1, first1, end1, token1 = pair2, first2, end2, token2
@@ -263,7 +260,7 @@ def clear(out, order, on, begin, end, D: gl.constexpr, D1: gl.constexpr, ROWS: g
 def produce(bufs, bars, descs, pointers, strides, numbers, CONST: gl.constexpr):
     """The loading warp; it also writes the zeros of tokens that did not choose the head."""
     q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
-    k_full, v_full, k_empty, v_empty = bars
+    k_full, v_full, empty = bars
     k_desc, v_desc, k2_desc, v2_desc = descs
     q_ptr, g_ptr, out, order, work, total_ptr = pointers
     q_strides, g_strides, o_strides = strides
@@ -291,7 +288,7 @@ def produce(bufs, bars, descs, pointers, strides, numbers, CONST: gl.constexpr):
             for i in range(0, tiles):
                 slot, phase = ring % STAGES, ring // STAGES & 1
                 start = gl.where(i == 0, tiles - 1, i - 1) * BN
-                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+                mbarrier.wait(empty.index(slot), phase ^ 1)
                 mbarrier.expect(k_full.index(slot), BYTES)
                 tma.async_copy_global_to_shared(
                     k_desc, [image, start, head, 0], k_full.index(slot), _as(k_bufs.index(slot), k_desc)
@@ -300,7 +297,6 @@ def produce(bufs, bars, descs, pointers, strides, numbers, CONST: gl.constexpr):
                     tma.async_copy_global_to_shared(
                         k2_desc, [image, start, head, D1], k_full.index(slot), _as(k2_bufs.index(slot), k2_desc)
                     )
-                mbarrier.wait(v_empty.index(slot), phase ^ 1)
                 mbarrier.expect(v_full.index(slot), BYTES)
                 tma.async_copy_global_to_shared(
                     v_desc, [image, start, head, 0], v_full.index(slot), _as(v_bufs.index(slot), v_desc)
@@ -353,16 +349,14 @@ def forward_kernel(
         v2_bufs = v_bufs
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
+        mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()
     bufs = (q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs)
-    bars = (k_full, v_full, k_empty, v_empty)
+    bars = (k_full, v_full, empty)
     descs = (k_desc, v_desc, k2_desc, v2_desc)
     pointers = (q_ptr, g_ptr, out, order, work, total)
     strides = ((qb, qn, qh), (gb, gn, gh), (ob, on, oh))
