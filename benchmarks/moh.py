@@ -147,8 +147,7 @@ def pieces(q, k, v, gates, kinds) -> dict:
 @torch.no_grad()
 def bench_operator(args, report) -> None:
     kinds = [k for k in ("triton", "gluon") if k in args.implementations]
-    for kind, dim in itertools.product(list(kinds), {HEADS[h][1] for h in args.heads}):
-        error = in_process(kind, dim)
+    for (kind, dim), error in checked(itertools.product(kinds, {HEADS[h][1] for h in args.heads})).items():
         if error:
             print(f"{kind}, {dim} channels: {error}", flush=True)
             kinds = [k for k in kinds if k != kind]
@@ -204,12 +203,18 @@ def in_process(name: str, dim: int) -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["failed"])[-1][:300]
 
 
+def checked(candidates) -> dict[tuple[str, int], str]:
+    """What :func:`in_process` says of each, twelve at once."""
+    candidates = list(candidates)
+    with ThreadPoolExecutor(12) as pool:
+        return dict(zip(candidates, pool.map(lambda c: in_process(*c), candidates), strict=True))
+
+
 @torch.no_grad()
 def tune(args) -> None:
     """Times of other tiles, for visionattn/ops/moh/fused.py and gluon.py."""
     candidates = [(name, dim) for dim in args.dims for name in CANDIDATES[dim]]
-    with ThreadPoolExecutor(12) as pool:
-        errors = dict(zip(candidates, pool.map(lambda c: in_process(*c), candidates), strict=True))
+    errors = checked(candidates)
     for (name, dim), error in errors.items():
         if error:
             print(f"{name}, {dim} channels: {error}")
