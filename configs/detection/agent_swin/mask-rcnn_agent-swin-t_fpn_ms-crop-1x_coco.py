@@ -1,7 +1,7 @@
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco-instance_ms-crop.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
+    "../_base_/schedule_1x_adamw.py",
     "mmdet::_base_/default_runtime.py",
     "../_base_/visionattn.py",
 ]
@@ -18,25 +18,4 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint="agent_swin_tiny.in1k"),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
-)
-
-# neither norms nor tables are decayed
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys={
-            key: dict(decay_mult=0.0)
-            for key in (
-                "absolute_pos_embed",
-                "relative_position_bias_table",
-                "norm",
-                "an_bias",
-                "na_bias",
-                "ah_bias",
-                "aw_bias",
-                "ha_bias",
-                "wa_bias",
-            )
-        }
-    ),
 )

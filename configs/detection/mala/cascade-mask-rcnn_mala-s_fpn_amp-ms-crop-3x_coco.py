@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/cascade-mask-rcnn_4conv1fc.py",
     "../_base_/coco-instance_ms-crop.py",
-    "../_base_/schedule_3x.py",
+    "../_base_/schedule_3x_adamw.py",
     "mmdet::_base_/default_runtime.py",
     "../_base_/visionattn.py",
 ]
@@ -21,8 +21,4 @@ model = dict(
 
 sync_bn = "torch"  # the stem's and the mergings' batch norms, in a distributed run
 
-optim_wrapper = dict(
-    type="AmpOptimWrapper",
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.0004, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(norm=dict(decay_mult=0.0))),
-)
+optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=0.0004), paramwise_cfg=dict(norm_decay_mult=0.0))

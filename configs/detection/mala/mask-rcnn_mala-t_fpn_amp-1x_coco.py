@@ -1,7 +1,7 @@
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "mmdet::_base_/datasets/coco_instance.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
+    "../_base_/schedule_1x_adamw.py",
     "mmdet::_base_/default_runtime.py",
     "../_base_/visionattn.py",
 ]
@@ -21,8 +21,4 @@ model = dict(
 
 sync_bn = "torch"  # the stem's and the mergings' batch norms, in a distributed run
 
-optim_wrapper = dict(
-    type="AmpOptimWrapper",
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.0004, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
-)
+optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=0.0004))

@@ -1,7 +1,7 @@
 _base_ = [
     "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
     "../_base_/coco-instance_ms-crop.py",
-    "../_base_/schedule_3x.py",
+    "../_base_/schedule_3x_adamw.py",
     "mmdet::_base_/default_runtime.py",
     "../_base_/visionattn.py",
 ]
@@ -19,8 +19,4 @@ model = dict(
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
 
-optim_wrapper = dict(
-    type="AmpOptimWrapper",
-    optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys=dict(rpb=dict(decay_mult=0.0), norm=dict(decay_mult=0.0))),
-)
+optim_wrapper = dict(type="AmpOptimWrapper")

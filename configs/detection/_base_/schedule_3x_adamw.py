@@ -1,4 +1,4 @@
-_base_ = "mmdet::_base_/schedules/schedule_1x.py"
+_base_ = "./schedule_1x_adamw.py"
 train_cfg = dict(max_epochs=36)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
