@@ -48,6 +48,7 @@ def demo_config(
     lr: float | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    scale: float = 1.0,
 ) -> Any:
     """The demo's config for a detector and a backbone, an mmengine ``Config``.
 
@@ -61,6 +62,7 @@ def demo_config(
         lr: AdamW's learning rate; the config's where None.
         batch_size: training pictures a step, of each process; the config's where None.
         workers: processes that read training pictures; the config's where None.
+        scale: pictures are enlarged by it, and the anchors.
 
     Raises:
         ValueError: for an unknown detector or model.
@@ -93,6 +95,8 @@ def demo_config(
         cfg.train_dataloader.batch_size = batch_size
     if workers is not None:
         cfg.train_dataloader.update(num_workers=workers, persistent_workers=workers > 0)
+    if scale != 1:
+        _enlarge_pictures(cfg, scale)
     cfg.work_dir = str(work_dir)
     if distributed:
         from mmengine.device import get_device
@@ -101,6 +105,21 @@ def demo_config(
         if get_device() == "cpu":  # mmengine's default wrapper asks for a GPU's index
             cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     return cfg
+
+
+def _enlarge_pictures(cfg: Any, scale: float) -> None:
+    if not 0.25 <= scale <= 8:
+        raise ValueError(f"scale={scale}: give a factor between 0.25 and 8")
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for step in loader.dataset.pipeline:
+            if step.type == "Resize":
+                step.scale_factor = scale
+    head = cfg.model.bbox_head if "bbox_head" in cfg.model else cfg.model.rpn_head
+    anchors = head.anchor_generator
+    if "scales" in anchors:
+        anchors.scales = [scale * size for size in anchors.scales]
+    else:
+        anchors.octave_base_scale = scale * anchors.octave_base_scale
 
 
 def _set_epochs(cfg: Any, epochs: int) -> None:
@@ -182,6 +201,7 @@ def run_demo(
     workers: int | None = None,
     pictures: int | None = None,
     seconds: float | None = None,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """Makes the set, trains, evaluates, draws.
 
@@ -199,6 +219,7 @@ def run_demo(
         workers: processes that read training pictures, and that draw them; one of each where None.
         pictures: number of training pictures, 1,200 where None.
         seconds: instead of ``epochs``: as many as that time is enough for, evaluation included.
+        scale: pictures are enlarged by it. Models that cut an image into patches at once see more of small objects.
 
     Returns:
         what ``result.json`` holds: box (and mask) AP as fractions, seconds, the setting.
@@ -222,7 +243,7 @@ def run_demo(
     epochs = 1 if quick and epochs is None else epochs
     numbers = dict(train=16, val=4) if quick else dict(train=pictures) if pictures else {}
     data_root = work_dir / ("data_quick" if quick else f"data_{pictures}" if pictures else "data")
-    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed, lr, batch_size, workers)
+    cfg = demo_config(detector, model, data_root, run_dir, epochs, distributed, lr, batch_size, workers, scale)
     if (run_dir / "last_checkpoint").exists() and not resume:
         raise FileExistsError(f"{run_dir} holds a run: --resume goes on with it, another --work-dir starts anew")
     if os.environ.get("RANK", "0") == "0" and not data_root.exists():
@@ -248,6 +269,7 @@ def run_demo(
         batch_size=cfg.train_dataloader.batch_size,
         pictures=len(runner.train_dataloader.dataset),
         lr=cfg.optim_wrapper.optimizer.lr,
+        scale=scale,
         seconds=round(time.time() - started, 1),
         device=str(next(runner.model.parameters()).device.type),
         **metrics,
@@ -290,6 +312,7 @@ def _draw(runner: Any, path: Path) -> None:
     import torch
     from mmdet.registry import VISUALIZERS
     from mmengine.dataset import pseudo_collate
+    from PIL import Image
 
     dataset, model = runner.val_dataloader.dataset, _bare(runner.model).eval()
     painter = VISUALIZERS.build(dict(type="DetLocalVisualizer", name="visionattn_demo", alpha=0.5))
@@ -297,7 +320,7 @@ def _draw(runner: Any, path: Path) -> None:
     columns = []
     for i in range(min(PICTURES, len(dataset))):
         item = dataset[i]
-        image = item["inputs"].permute(1, 2, 0).flip(-1).numpy()
+        image = np.asarray(Image.open(item["data_samples"].img_path).convert("RGB"))
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([item]))[0].cpu().detach()
         image = np.ascontiguousarray(image.repeat(ENLARGED, 0).repeat(ENLARGED, 1))
@@ -346,6 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes that read and draw pictures (1)")
     parser.add_argument("--pictures", type=int, help="training pictures (1200)")
     parser.add_argument("--seconds", type=float, help="instead of --epochs: as many as fit, evaluation included")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor that pictures are enlarged by (%(default)s)")
     parser.add_argument("--work-dir", default="runs/detection_demo", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few pictures, one epoch: whether it runs")
     parser.add_argument("--resume", action="store_true", help="go on with the last checkpoint in the work folder")

@@ -8,12 +8,13 @@ classes = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "coin", "face", "ho
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="Resize", scale_factor=1.0, keep_ratio=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="Resize", scale_factor=1.0, keep_ratio=True),  # notes the scale that predictions go back by
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
