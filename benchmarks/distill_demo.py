@@ -89,7 +89,7 @@ class Size:
 RECIPE = dict(flow_weight=0.0, output_weight=1.0, attention_weight=0.2)
 SIZES = {
     # radius 8 of 32 tokens is CLEAR's 16 of 64
-    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, 8, 1024, 1024, 20, distil_lr=1.5e-3, **RECIPE),
+    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, 8, 1024, 1024, 20, distil_lr=1e-3, **RECIPE),
     "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12, distil_lr=3e-3, **RECIPE),
     "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, 2, 4, 8, 2),
 }
