@@ -1,5 +1,6 @@
 """Launches the Triton kernels of aggregated attention, and registers them as operators with gradients."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,13 +81,14 @@ class _Problem:
         each = max(1, min(8, self.pairs * parallel * self.per_pair(tiles) // 2048))
         return triton.cdiv(self.per_pair(tiles), each), each
 
-    def launch(self, kernel, tensors, tiles: Tiles, programs: int, numbers: tuple, constants: dict, key=()) -> None:
-        """``key``: what ``numbers`` hold that neither the problem nor the tiles say."""
-
+    def launch(self, kernel, tensors, tiles: Tiles, programs: int, strides: tuple, numbers: tuple, **constants) -> None:
         def make() -> Launch:
-            return Launch(kernel, (programs,), numbers, constants, num_warps=tiles.warps, num_stages=tiles.stages)
+            unit = math.gcd(16 // tensors[0].element_size(), *strides)  # a load takes at most 16 bytes
+            values = (*(s // unit for s in strides), *numbers)
+            named = dict(constants, UNIT=unit)
+            return Launch(kernel, (programs,), values, named, num_warps=tiles.warps, num_stages=tiles.stages)
 
-        _plans.get((kernel, tiles, self.key, key), make)(*tensors)
+        _plans.get((kernel, tiles, self.key, strides), make)(*tensors)
 
 
 _plans = Plans()
@@ -108,9 +110,10 @@ def forward(*args, tiles: Plan | None = None) -> tuple[torch.Tensor, torch.Tenso
     lse = torch.empty((p.B, p.heads, p.N), dtype=torch.float32, device=q.device)
     if out.numel():
         per_pair = p.per_pair(chosen)
-        numbers = (*p.strides_q, *p.strides_kv, *p.strides_pool, *p.sizes, per_pair)
+        strides = (*p.strides_q, *p.strides_kv, *p.strides_pool)
         with on_device(q):
-            p.launch(kernels.forward, (*tensors, out, lse), chosen, p.pairs * per_pair, numbers, p.constants(chosen))
+            used, numbers = (*tensors, out, lse), (*p.sizes, per_pair)
+            p.launch(kernels.forward, used, chosen, p.pairs * per_pair, strides, numbers, **p.constants(chosen))
     return out, lse
 
 
@@ -121,16 +124,15 @@ def backward(grad, *args, tiles: Plan | None = None) -> tuple[torch.Tensor, ...]
     p = _Problem(tensors, *sizes)
     tiles = tiles or pick_tiles(p.dim, q.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    strides_grad = grad.stride()[:3]
     delta = torch.empty((p.B, p.heads, p.N), dtype=torch.float32, device=q.device)
     with on_device(q):
         dq, *params = _query_grad(p, tiles.queries, tensors, out, lse, grad, delta)
         dkv = torch.empty(kv.shape, dtype=kv.dtype, device=q.device)
         per_pair = p.per_pair(tiles.keys)
         used = (q, kv, embedding, tau, bias_local, tokens, token_bias, lse, grad, delta, dkv)
-        numbers = (*p.strides_q, *p.strides_kv, *strides_grad, *p.sizes, per_pair)
+        strides, numbers = (*p.strides_q, *p.strides_kv, *grad.stride()[:3]), (*p.sizes, per_pair)
         constants = p.constants(tiles.keys, pooled=False)
-        p.launch(kernels.key_grad, used, tiles.keys, p.pairs * per_pair, numbers, constants, strides_grad)
+        p.launch(kernels.key_grad, used, tiles.keys, p.pairs * per_pair, strides, numbers, **constants)
         d_pool, d_bias = _pool_grads(p, tiles, tensors, lse, grad, delta)
     d_embedding, d_tau, d_local, d_tokens, d_token_bias = params
     return dq, dkv, d_pool, d_embedding, d_tau, d_local, d_bias, d_tokens, d_token_bias
@@ -145,8 +147,8 @@ def _query_grad(p: _Problem, tiles: Tiles, tensors, out, lse, grad, delta) -> tu
     part = torch.empty((p.B, p.heads, chunks, sum(widths)), dtype=torch.float32, device=q.device)
     strides = (*p.strides_q, *p.strides_kv, *p.strides_pool, *grad.stride()[:3])
     used = (*tensors, out, lse, grad, delta, dq, part)
-    numbers = (*strides, *p.sizes, chunks, each)
-    p.launch(kernels.query_grad, used, tiles, p.pairs * chunks, numbers, p.constants(tiles), grad.stride())
+    numbers = (*p.sizes, chunks, each)
+    p.launch(kernels.query_grad, used, tiles, p.pairs * chunks, strides, numbers, **p.constants(tiles))
     L = p.window**2
     d_tokens, d_token_bias, d_local, d_embedding, d_tau = part.sum((0, 2)).split(widths, dim=1)
     d_tokens = d_tokens.view(p.heads, p.DP, p.LP)[:, : p.dim, :L]
@@ -157,29 +159,28 @@ def _pool_grads(p: _Problem, tiles: Plan, tensors, lse, grad, delta) -> tuple[to
     """Gradients of the pooled keys and values, and of their bias."""
     q, _, kv_pool, embedding, tau, _, bias_pool, _, _ = tensors
     args = (q, kv_pool, embedding, tau, bias_pool, lse, grad, delta)
-    key = grad.stride()
-    strides = (*p.strides_q, *p.strides_pool, *key[:3])
+    strides = (*p.strides_q, *p.strides_pool, *grad.stride()[:3])
 
     tiles_p = triton.cdiv(p.P, tiles.pool.pooled)
     chunks, each = p.chunks(tiles.pool, tiles_p)
     part = torch.empty((chunks, *kv_pool.shape), dtype=torch.float32, device=q.device)
-    numbers = (*strides, *p.sizes, chunks, each, tiles_p)
+    numbers = (*p.sizes, chunks, each, tiles_p)
     constants = p.constants(tiles.pool, local=False)
     programs = p.pairs * tiles_p * chunks
-    p.launch(kernels.pool_grad, (*args, part), tiles.pool, programs, numbers, constants, key)
+    p.launch(kernels.pool_grad, (*args, part), tiles.pool, programs, strides, numbers, **constants)
     d_pool = torch.empty(kv_pool.shape, dtype=kv_pool.dtype, device=q.device)
     constants = {name: constants[name] for name in ("D", "DP", "BK")}
-    numbers = (*p.strides_pool, p.B, p.P, p.heads, chunks, tiles_p)
-    p.launch(kernels.pool_sum, (part, kv_pool, d_pool), tiles.pool, p.pairs * tiles_p, numbers, constants)
+    used, numbers = (kv_pool, part, d_pool), (p.B, p.P, p.heads, chunks, tiles_p)
+    p.launch(kernels.pool_sum, used, tiles.pool, p.pairs * tiles_p, p.strides_pool, numbers, **constants)
 
     tiles_p, per_pair = triton.cdiv(p.P, tiles.bias.pooled), p.per_pair(tiles.bias)
     each = max(1, p.pairs * per_pair * tiles_p // 1024)
     chunks = triton.cdiv(p.B, each)
     d_bias = torch.empty((chunks, *bias_pool.shape), dtype=torch.float32, device=q.device)
-    numbers = (*strides, *p.sizes, p.B, each, per_pair, tiles_p)
+    numbers = (*p.sizes, p.B, each, per_pair, tiles_p)
     constants = p.constants(tiles.bias, local=False)
     programs = chunks * p.heads * tiles_p * per_pair
-    p.launch(kernels.bias_grad, (*args, d_bias), tiles.bias, programs, numbers, constants, key)
+    p.launch(kernels.bias_grad, (*args, d_bias), tiles.bias, programs, strides, numbers, **constants)
     return d_pool, d_bias.sum(0)
 
 

@@ -3,7 +3,8 @@
 All of them name things alike: a tile holds BM tokens `n` of one (image, head); `unit` are its normalised queries,
 `asked` those that meet keys, (unit + query embedding) * tau * log(keys); L = WIN ** 2 neighbours lie in LP columns;
 logits and their log-sum-exp are in base 2. Loops over neighbours are not unrolled: wide heads and windows of 5 would
-spill registers.
+spill registers. Strides come in units of UNIT numbers: of an integer Triton knows only whether 16 divides it, so that
+the rows of 3 heads of 24 channels would be read number by number.
 """
 
 import triton
@@ -94,9 +95,12 @@ def forward(
     qb, qn, qh, kb, kn, kc, kh, pb, pn, pc, ph,
     N, P, H, W, heads, tiles,
     D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, LP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile: its neighbours, then the pooled keys by a running softmax, then the learned tokens' weights."""
+    qb, qn, qh = qb * UNIT, qn * UNIT, qh * UNIT
+    kb, kn, kc, kh = kb * UNIT, kn * UNIT, kc * UNIT, kh * UNIT
+    pb, pn, pc, ph = pb * UNIT, pn * UNIT, pc * UNIT, ph * UNIT
     pair = tl.program_id(0) // tiles
     n = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
     image = (pair // heads).to(tl.int64)
@@ -159,9 +163,13 @@ def query_grad(
     qb, qn, qh, kb, kn, kc, kh, pb, pn, pc, ph, gb, gn, gh,
     N, P, H, W, heads, chunks, per_chunk,
     D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, LP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries in `per_chunk` tiles, what these give the parameters, and delta = sum(A dA)."""
+    qb, qn, qh = qb * UNIT, qn * UNIT, qh * UNIT
+    kb, kn, kc, kh = kb * UNIT, kn * UNIT, kc * UNIT, kh * UNIT
+    pb, pn, pc, ph = pb * UNIT, pn * UNIT, pc * UNIT, ph * UNIT
+    gb, gn, gh = gb * UNIT, gn * UNIT, gh * UNIT
     program = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
@@ -265,9 +273,12 @@ def key_grad(
     Q, KV, QE, TAU, BL, TOK, TB, LSE, DOUT, DELTA, DKV,
     qb, qn, qh, kb, kn, kc, kh, gb, gn, gh,
     N, P, H, W, heads, tiles,
-    D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, from the queries around each that see it."""
+    qb, qn, qh = qb * UNIT, qn * UNIT, qh * UNIT
+    kb, kn, kc, kh = kb * UNIT, kn * UNIT, kc * UNIT, kh * UNIT
+    gb, gn, gh = gb * UNIT, gn * UNIT, gh * UNIT
     pair = tl.program_id(0) // tiles
     m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
     image = (pair // heads).to(tl.int64)
@@ -338,8 +349,12 @@ def pool_grad(
     qb, qn, qh, pb, pn, pc, ph, gb, gn, gh,
     N, P, H, W, heads, chunks, per_chunk, tiles_p,
     D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of normalised pooled keys, and of values, from `per_chunk` tiles of queries."""
+    qb, qn, qh = qb * UNIT, qn * UNIT, qh * UNIT
+    pb, pn, pc, ph = pb * UNIT, pn * UNIT, pc * UNIT, ph * UNIT
+    gb, gn, gh = gb * UNIT, gn * UNIT, gh * UNIT
     program = tl.program_id(0)
     chunk = program % chunks
     p = (program // chunks % tiles_p) * BK + tl.arange(0, BK)
@@ -378,12 +393,13 @@ def pool_grad(
 
 @triton.jit
 def pool_sum(
-    PART, KVP, DKVP,
+    KVP, PART, DKVP,
     pb, pn, pc, ph,
     images, P, heads, chunks, tiles_p,
-    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """What pool_grad's chunks add up to, the keys' part through their norm."""
+    pb, pn, pc, ph = pb * UNIT, pn * UNIT, pc * UNIT, ph * UNIT
     program = tl.program_id(0)
     p = (program % tiles_p) * BK + tl.arange(0, BK)
     pair = program // tiles_p
@@ -411,8 +427,12 @@ def bias_grad(
     qb, qn, qh, pb, pn, pc, ph, gb, gn, gh,
     N, P, H, W, heads, images, per_chunk, tiles, tiles_p,
     D: tl.constexpr, DP: tl.constexpr, WIN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of the pooled bias, over `per_chunk` images."""
+    qb, qn, qh = qb * UNIT, qn * UNIT, qh * UNIT
+    pb, pn, pc, ph = pb * UNIT, pn * UNIT, pc * UNIT, ph * UNIT
+    gb, gn, gh = gb * UNIT, gn * UNIT, gh * UNIT
     program = tl.program_id(0)
     row = (program % tiles) * BM + tl.arange(0, BM)
     n = tl.where(row < N, row, 0)
