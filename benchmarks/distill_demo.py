@@ -403,7 +403,7 @@ class Table:
         label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         version = torch.__version__.partition("+")[0]
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-        kind = size.name + (f"-down{size.downsample}" if size.downsample else "")
+        kind = f"{size.name}-r{size.radius}" + (f"-down{size.downsample}" if size.downsample else "")
         self.stem = out / f"distill_demo-{kind}-{slug}-torch{version}"
         self.about = {**dataclasses.asdict(size), "classifier": CLASSIFIER, "device": label,
                       "machine": platform.machine(), "torch": version, "diffusers": diffusers.__version__}  # fmt: skip
