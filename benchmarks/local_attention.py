@@ -48,6 +48,8 @@ from local_peers import (
 import visionattn
 from visionattn.ops.local import Cross, Disk, Neighborhood, counts, fused, gluon, local_attention, worthwhile
 from visionattn.ops.local import text as text_rows
+from visionattn.ops.local.patterns import radius_squared
+from visionattn.ops.local.steps import SIDE, disk_steps
 from visionattn.ops.local.tiles import Tile
 
 HEADS, DIM, TEXT = (2, 16, 6) if DRY else (24, 128, 512)
@@ -234,6 +236,21 @@ class Case:
         return _with_choice(fused, "forward_choice", choice, lambda: plan_of(*self.tensors, *self.settings))
 
 
+def work_of(plan, case: Case) -> tuple[dict[str, float], str]:
+    """FLOP of a case as its plan runs it, and the tiles in words."""
+    tile = plan.gluon or plan.tiles.forward
+    if hasattr(tile, "query"):
+        return counted(*case.settings, tile.query, tile.key), f"queries {tile.query} keys {tile.key}"
+    # the disk's kernel of kernels_disk.py: every tile takes every step, for the warpgroups that need it
+    f = counted(*case.settings, (1, 8, 8), (1, 8, 8))
+    settings = radius_squared(case.pattern), tile.groups, tile.keys, tile.height
+    _, needs, _ = disk_steps(*settings)
+    tiles = math.prod(-(-n // (SIDE * g)) for n, g in zip(case.grid, tile.groups, strict=True))
+    pairs = tiles * sum(int(n).bit_count() for n in needs) * SIDE**2 * tile.keys + math.prod(case.grid) * case.text
+    image = 4 * DIM * HEADS * pairs
+    return f | {"executed image": image, "executed": image + f["text"]}, str(tile)
+
+
 def image_rows(report, name, case: Case) -> None:
     """The kernel that 'auto' takes, and Triton's and Gluon's where they are not that one."""
     auto = case.plan()
@@ -241,20 +258,18 @@ def image_rows(report, name, case: Case) -> None:
         plan = case.plan(choice)
         if choice == "gluon" and plan.gluon is None:
             continue
-        tile = plan.gluon or plan.tiles.forward
-        f = counted(*case.settings, tile.query, tile.key)
+        f, words = work_of(plan, case)
         kernel = "gluon" if plan.gluon and not gluon.failed else "triton"
         report.measure(
             name, "image queries", "ours" if choice == "auto" else f"ours, {choice}",
-            partial(image_run, *case.tensors, *case.settings, choice), f["useful image"],
-            f["executed image"], f"{kernel}: queries {tile.query} keys {tile.key}",
+            partial(image_run, *case.tensors, *case.settings, choice), f["useful image"], f["executed image"],
+            f"{kernel}: {words}",
         )  # fmt: skip
 
 
 def forward_row(report, name, case: Case, peer=None, dense=True) -> None:
     image_rows(report, name, case)
-    tile = case.plan().gluon or case.plan().tiles.forward
-    f = counted(*case.settings, tile.query, tile.key)
+    f, _ = work_of(case.plan(), case)
     if case.text:
         note = "; ".join(case.plan().kernels())
         run = partial(local_attention, *case.tensors, *case.settings, backend="triton")
@@ -262,11 +277,10 @@ def forward_row(report, name, case: Case, peer=None, dense=True) -> None:
     if peer and natten is not None:
         window, stride = peer
         what = f"image queries, window {window} stride {stride}"
-        report.measure(name, what, "natten", lambda: natten_best(*case.tensors, case.grid, window, stride, case.text))
+        best = partial(natten_best, *case.tensors, case.grid, window, stride, case.text)
+        report.measure(name, what, "natten", best)
     if dense:
-        report.measure(
-            name, "dense, no pattern", "cudnn", lambda: dense_run(*case.tensors), f["dense"], f["dense"]
-        )  # fmt: skip
+        report.measure(name, "dense, no pattern", "cudnn", partial(dense_run, *case.tensors), f["dense"], f["dense"])
 
 
 def flex_row(report, name, case: Case) -> None:
