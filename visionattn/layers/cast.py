@@ -1,8 +1,9 @@
-"""Layers that do once what autocast does on every call, in eval mode and where no gradient is wanted.
+"""Layers that do once what autocast does on every call.
 
-Small networks wait for launches, and under autocast two launches of five cast a weight or a bias. Here these keep the
-low precision copy, and layer norms write the low precision that the projection behind them reads. In training, without
-autocast, in TorchScript and in compiled programs they are PyTorch's and timm's own layers, with the same parameters.
+Small networks wait for launches, and under autocast two launches of five cast a weight or a bias. Here, in eval mode
+and where no gradient is wanted, these keep the low precision copy; and layer norms write the low precision that the
+projection behind them reads. Otherwise (without autocast, in TorchScript and in compiled programs; of the copies also
+in training) they are PyTorch's and timm's own layers, with the same parameters.
 """
 
 import torch
@@ -24,11 +25,16 @@ def scaled(
     return weight, bias * scale if bias is not None else None
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Autocast's dtype on the device of ``x``; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def lowered(x: torch.Tensor) -> torch.Tensor:
     """``x`` in autocast's dtype: one cast, and one copy for backward, for all projections that read it."""
-    if x.dtype != torch.float32 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    dtype = autocast_dtype(x) if x.dtype == torch.float32 else None
+    return x if dtype is None else x.to(dtype)
 
 
 def wants_grad(x: torch.Tensor | None) -> bool:

@@ -14,6 +14,8 @@ from torch import nn
 from visionattn.ops._triton import cannot_run, in_auto
 from visionattn.ops.moh import load_balance_loss, moh_attention, scaled_softmax, straight_through_gates, top_k_gates
 
+from .cast import autocast_dtype, lowered
+from .eval_cache import EvalCache
 from .mixer import Mixer
 from .registry import register_module
 
@@ -41,7 +43,7 @@ def split_heads(num_heads: int, active: float = 0.75, shared: int | None = None)
     return shared, heads - shared
 
 
-class HeadRouter(Mixer):
+class HeadRouter(EvalCache, Mixer):
     """The routers of an attention layer (``wg``, ``wg_0``, ``wg_1``), its gates, and its load-balance loss.
 
     A training forward keeps the layer's load-balance term until :meth:`pop_aux_loss` takes it (or the next training
@@ -123,7 +125,9 @@ class HeadRouter(Mixer):
             return None
         from visionattn.ops.moh.gates_triton import HeadGates, forward
 
-        logits = F.linear(x, torch.cat([m.weight for m in routers]))
+        weights = tuple(m.weight for m in routers)
+        weight = self.cached(("routers", autocast_dtype(x)), weights, lambda: lowered(torch.cat(weights)))
+        logits = F.linear(x, weight)
         heads = self.pool if self.routed_head > 0 else 0, self.shared_head, self.routed_head
         if not self.training:
             if torch.is_grad_enabled() and logits.requires_grad:
@@ -156,7 +160,7 @@ class HeadRouter(Mixer):
         return None if loss is None else self.aux_weight * loss
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_aux_loss": None}
+        return {**super().__getstate__(), "_aux_loss": None}
 
 
 def set_aux_weights(model: nn.Module, coefficient: float = AUX_COEFFICIENT) -> nn.Module:

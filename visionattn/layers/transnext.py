@@ -4,7 +4,6 @@ Every size of map goes: position biases are made for the grid that comes. The pa
 """
 
 import math
-import operator
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,11 @@ from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import nn
 
 from visionattn.ops.aggregated import aggregated_attention
-from visionattn.ops.conv_glu import conv_glu, takes_kernel
+from visionattn.ops.conv_glu import conv_glu, takes_kernel, taps_of
 from visionattn.ops.moh import moh_attention
 
-from .cast import Linear, lowered
+from .cast import Linear, autocast_dtype, lowered
+from .eval_cache import EvalCache
 from .moh import HeadRouter
 from .registry import register_module
 
@@ -52,8 +52,6 @@ def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[t
 class ContinuousPositionBias(HeadRouter):
     """What both attentions share: temperature, query embedding, and the bias from distances (paper, section 3.2.3)."""
 
-    __jit_ignored_attributes__ = ["_kept"]
-
     def _init_positions(self, dim: int, num_heads: int, pretrain_grid: tuple[int, int], dd: dict) -> None:
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -62,7 +60,6 @@ class ContinuousPositionBias(HeadRouter):
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, self.head_dim, **dd))
         self.cpb_fc1 = nn.Linear(2, 512, **dd)
         self.cpb_fc2 = nn.Linear(512, num_heads, **dd)
-        self._kept: dict = {}
 
     def reset_parameters(self) -> None:
         """Initialises what is not a linear, convolution or norm."""
@@ -92,9 +89,10 @@ class ContinuousPositionBias(HeadRouter):
     @torch.jit.unused
     def _kept_distances(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.cpb_fc1.weight
-        size = grid[0] * grid[1] * pooled[0] * pooled[1]
+        if grid[0] * grid[1] * pooled[0] * pooled[1] > _CACHED_ELEMENTS:
+            return self.distances(grid, pooled)
         key = (*grid, *pooled, *self.pretrain_grid, weight.dtype, weight.device)
-        return self._keep("distances", (weight,), key, lambda: self.distances(grid, pooled), size <= _CACHED_ELEMENTS)
+        return self.constant(key, lambda: self.distances(grid, pooled))
 
     def cached_bias(self, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
         """:meth:`position_bias`, kept between evaluations of one size; new weights, dtype or device make a new one."""
@@ -104,13 +102,11 @@ class ContinuousPositionBias(HeadRouter):
 
     @torch.jit.unused
     def _from_cache(self, grid: tuple[int, int], pooled: tuple[int, int]) -> torch.Tensor:
-        weights = (self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias)
-        if self.training or torch.is_grad_enabled():
+        if self.num_heads * grid[0] * grid[1] * pooled[0] * pooled[1] > _CACHED_ELEMENTS:
             return self.position_bias(grid, pooled)
-        key = (*grid, *pooled, *_made_from(weights))
-        size = self.num_heads * grid[0] * grid[1] * pooled[0] * pooled[1]
-        make = lambda: self.position_bias(grid, pooled)  # noqa: E731
-        return self._keep("bias", weights, key, make, size <= _CACHED_ELEMENTS)
+        weights = (self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias)
+        key = ("bias", *grid, *pooled, autocast_dtype(weights[0]))
+        return self.cached(key, weights, lambda: self.position_bias(grid, pooled))
 
     @torch.jit.unused
     def merged(self, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -118,57 +114,13 @@ class ContinuousPositionBias(HeadRouter):
         or rules of their own."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(map(_is_plain, layers)):
             return None
-        weights = [m.weight for m in layers] + [m.bias for m in layers]
+        weights = (*(m.weight for m in layers), *(m.bias for m in layers))
 
-        def make() -> tuple[torch.Tensor, torch.Tensor]:
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
             weight = torch.cat([m.weight.flatten(1) for m in layers])
             return lowered(weight), lowered(torch.cat([m.bias for m in layers]))
 
-        if self.training or torch.is_grad_enabled():
-            return make()
-        return self._keep("merged", weights, _made_from(weights), make)
-
-    def _keep(self, name: str, weights, key: tuple, make, wanted: bool = True):
-        """What ``make()`` gives, kept until the key is another one."""
-        if torch.compiler.is_compiling():
-            return make()
-        found = self._kept.get(name)
-        if found is not None and found[0] == key and all(map(operator.is_, weights, found[1])):
-            return found[2]
-        if (
-            not wanted
-            or torch.jit.is_tracing()
-            or any(type(w) is not nn.Parameter or w.is_meta or w.is_inference() for w in weights)
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or (weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return make()
-        with torch.inference_mode(False), torch.no_grad():
-            value = make()
-        if weights[0].is_cuda:
-            torch.cuda.current_stream(weights[0].device).synchronize()  # once: other streams may read it from now on
-        self._kept[name] = (key, tuple(weights), value)
-        return value
-
-    def train(self, mode: bool = True):
-        self._kept = {}  # weights may have been written through .data
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._kept = {}
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_kept": {}}
-
-
-def _made_from(weights) -> tuple:
-    """What a value that is computed from the weights depends on."""
-    kind = weights[0].device.type
-    autocast = None
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        autocast = torch.get_autocast_dtype(kind)
-    return autocast, *((w.data_ptr(), w._version) for w in weights)
+        return self.cached(("merged", autocast_dtype(weights[0])), weights, compute)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -393,7 +345,7 @@ class DepthwiseConv(nn.Module):
 
 
 @register_notrace_module
-class ConvGLU(nn.Module):
+class ConvGLU(EvalCache):
     """Convolutional gated linear unit (paper, section 3.4): ``fc2(GELU(dwconv(a)) * v)``, (a, v) = fc1(x).
 
     Args:
@@ -421,8 +373,15 @@ class ConvGLU(nn.Module):
             h = self.act(self.dwconv(a, grid)) * v
         else:
             conv = self.dwconv.dwconv
-            h = conv_glu(h, conv.weight, conv.bias, grid, "triton")
+            h = conv_glu(h, conv.weight, conv.bias, grid, "triton", self._kept_taps())
         return self.drop(self.fc2(self.drop(h)))
+
+    @torch.jit.unused
+    def _kept_taps(self) -> torch.Tensor | None:
+        weight = self.dwconv.dwconv.weight
+        if torch.is_grad_enabled():
+            return None
+        return self.cached("taps", (weight,), lambda: taps_of(weight))
 
     @torch.jit.unused
     def _takes_kernel(self, h: torch.Tensor) -> bool:

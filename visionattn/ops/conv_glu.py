@@ -24,6 +24,7 @@ def conv_glu(
     bias: torch.Tensor | None,
     grid: tuple[int, int],
     backend: str = "auto",
+    taps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``gelu(conv(a) + bias) * v`` of h = (a, v): a 3 x 3 depthwise convolution of tokens on their grid, zeros around.
 
@@ -35,6 +36,7 @@ def conv_glu(
         backend: ``'reference'``: PyTorch's operators. ``'triton'``: one kernel, two in backward, which keep only h; on
             CUDA, not for float64, no second derivative. ``'auto'``: the kernel where
             :data:`visionattn.ops._triton.IN_AUTO` has it and it can run.
+        taps: :func:`taps_of` the weight, if the caller keeps it; read where no gradient is wanted.
 
     Returns:
         (B, H * W, C) in h's dtype.
@@ -49,7 +51,7 @@ def conv_glu(
         if reason is not None:
             raise ValueError(f"conv_glu: backend='triton' cannot run: {reason}: use 'auto' or 'reference'")
     if backend == "triton" or (backend == "auto" and takes_kernel(h)):
-        return _triton(h, weight, bias, grid)
+        return _triton(h, weight, bias, grid, taps)
     return conv_glu_reference(h, weight, bias, grid)
 
 
@@ -60,14 +62,19 @@ def takes_kernel(h: torch.Tensor) -> bool:
     return cannot_run(str(h.device), h.dtype) is None
 
 
-def _triton(h, weight, bias, grid) -> torch.Tensor:
+def taps_of(weight: torch.Tensor) -> torch.Tensor:
+    """(C, 1, 3, 3) to (9, C): a tile's channels side by side. As PyTorch has them, their loads outweigh the tokens'."""
+    return weight.reshape(-1, 9).t().contiguous()
+
+
+def _triton(h, weight, bias, grid, taps) -> torch.Tensor:
     from . import conv_glu_triton  # triton is imported by whoever runs it
 
     if torch.compiler.is_compiling():
         return conv_glu_triton.conv_glu_op(h, weight, bias, *grid)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, weight, bias)):
         return conv_glu_triton.ConvGLUFunction.apply(h, weight, bias, *grid)
-    return conv_glu_triton.forward(h, conv_glu_triton.taps_of(weight), bias, *grid)
+    return conv_glu_triton.forward(h, taps_of(weight) if taps is None else taps, bias, *grid)
 
 
 def _check(h, weight, bias, grid, backend) -> None:

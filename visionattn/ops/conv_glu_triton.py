@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, Plans, on_device
+from .conv_glu import taps_of
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,6 @@ def _launch(kernel, tensors: tuple, h: torch.Tensor, grid: tuple[int, int], tile
         return Launch(kernel, programs, (T, N, C, *grid), named, num_warps=tiles.warps)
 
     _plans.get(key, make)(*tensors)
-
-
-def taps_of(weight: torch.Tensor) -> torch.Tensor:
-    """(C, 1, 3, 3) to (9, C): a tile's channels side by side. As PyTorch has them, their loads outweigh the tokens'."""
-    return weight.reshape(-1, 9).t().contiguous()
 
 
 def forward(h, taps, bias, H: int, W: int, plan: Plan = DEFAULT) -> torch.Tensor:
