@@ -25,8 +25,8 @@ NAMES = {torch.bfloat16: "*bf16", torch.int32: "*i32", torch.float32: "*fp32"}
 
 def compile_forward(setting, dim):
     q, k, v = torch.empty(2, 100, 3, 4, dim, dtype=torch.bfloat16).unbind(2)
-    lists = [torch.empty(1, dtype=torch.int32) for _ in range(3)]
-    args, named = gluon.launch_arguments(q, k, v, torch.ones(2, 100, 4), torch.empty_like(q), *lists, 0.125, setting)
+    lists = [torch.empty(1, dtype=torch.int32) for _ in range(4)]
+    args, named = gluon.launch_arguments(q, k, v, torch.ones(2, 100, 4), torch.empty_like(q), lists, 0.125, setting)
     kernel = kernels_hopper.forward_kernel
     values = dict(zip([n for n in kernel.arg_names if n not in named], args, strict=True)) | named
     signature, constexprs, attrs = {}, {}, {}

@@ -13,9 +13,10 @@ from .reference import moh_attention_reference
 
 BACKENDS = ("auto", "reference", "dense", "gather", "triton")
 # 'auto' takes the kernels where they beat dense attention on an H100: at most this share of heads active, from so many
-# keys on (docs/moh.md; the row for 0.9 is where 0.89 was measured). Heads of other sizes than powers of two are padded
-# there, and dense attention is faster.
+# keys on (docs/moh.md; the row for 0.9 is where 0.89 was measured). Triton pads heads of other sizes than powers of
+# two, and dense attention is faster then; the Gluon kernel does not.
 SPARSE = ((0.5, 512), (0.8, 2048), (0.9, 8192))
+SPARSE_SPLIT = ((0.8, 1024),)
 
 
 def moh_attention(
@@ -76,9 +77,7 @@ def _choose(q, k, v, gates, scale, bias, dropout_p, backend, active) -> str:
     """The implementation that will run."""
     _check(q, k, v, gates, bias, backend)
     if backend == "auto":
-        worth = q.is_cuda and q.shape[3] in (16, 32, 64, 128)
-        worth = worth and any(active <= share and k.shape[1] >= keys for share, keys in SPARSE)
-        if worth and _triton_reason(True, q, k, v, gates, scale, bias, dropout_p) is None:
+        if _worth(q, k, active) and _triton_reason(True, q, k, v, gates, scale, bias, dropout_p) is None:
             return "triton"
         return "dense"
     reason = None
@@ -91,6 +90,25 @@ def _choose(q, k, v, gates, scale, bias, dropout_p, backend, active) -> str:
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run: {reason}; use 'auto' or 'dense'")
     return backend
+
+
+def _worth(q, k, active) -> bool:
+    """Whether the kernels were measured to be faster than dense attention."""
+    if not q.is_cuda:
+        return False
+    table = SPARSE
+    if q.shape[3] not in (16, 32, 64, 128):
+        table = SPARSE_SPLIT if _takes_gluon(str(q.device), q.dtype, int(q.shape[3])) else ()
+    return any(active <= share and k.shape[1] >= keys for share, keys in table)
+
+
+@torch.compiler.assume_constant_result
+def _takes_gluon(device: str, dtype: torch.dtype, dim: int) -> bool:
+    if cannot_run(device, dtype) is not None:
+        return False
+    from . import fused, gluon
+
+    return gluon.taken(torch.device(device), dtype, dim, fused.forward_choice)
 
 
 def _inference_reason(q, k, v, gates, dropout_p) -> str | None:

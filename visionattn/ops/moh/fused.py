@@ -1,6 +1,7 @@
 """Launches the inference kernels of mixture-of-head attention, and registers them as one operator without gradient."""
 
 import contextlib
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def pick_tiles(dim: int, dtype: torch.dtype, capability: int = 80) -> Tiles:
     row = sum(split_channels(dim, dtype)) * dtype.itemsize  # bytes
     tma = capability >= 90 and dtype.itemsize == 2
     if row <= 160:
-        return Tiles(128, 64, 4 if tma else 8, 3, tma=tma)  # with 4 warps, mma (not wgmma) spills
+        if tma:
+            return Tiles(128, 64, 4, 3, tma=True, registers=168)  # three programs on a multiprocessor
+        return Tiles(128, 64, 8, 3)  # with 4 warps, mma (not wgmma) spills
     if row <= 256:
         return Tiles(128, 64, 8, 2, halves=False, tma=tma)
     if row <= 512:
@@ -85,27 +88,28 @@ def describe(x: torch.Tensor, keys: int, channels: int) -> TensorDescriptor:
 def list_tokens(gates: torch.Tensor, parts: int = 0) -> tuple[torch.Tensor, ...]:
     """Two of int32: (B, heads, N), a head's tokens, those that chose it first; and their number, (B, heads).
 
-    With `parts`, in place of the number items of up to parts x 64 queries, (most, 5), and their number, (1,): what
-    kernels._schedule writes.
+    With `parts`: the tokens that chose a head alone, (B, heads, N); items of up to parts x 64 of them, (most, 3) (what
+    kernels._schedule writes); the others as rows of the output, (B * N * heads,); and the numbers of both, (2,).
     """
     B, N, heads = gates.shape
-    order = torch.empty((B, heads, N), dtype=torch.int32, device=gates.device)
-    count = work = items = None
+    new = functools.partial(torch.empty, dtype=torch.int32, device=gates.device)
+    order = new((B, heads, N))
+    count = work = zeros = totals = None
     if parts:
-        most = B * heads * max(1, triton.cdiv(triton.cdiv(N, 64), parts))
-        work = torch.empty((most, 5), dtype=torch.int32, device=gates.device)
-        items = torch.zeros(1, dtype=torch.int32, device=gates.device)
+        work = new((B * heads * triton.cdiv(triton.cdiv(N, 64), parts), 3))
+        zeros = new(B * N * heads)
+        totals = torch.zeros(2, dtype=torch.int32, device=gates.device)
     else:
-        count = torch.empty((B, heads), dtype=torch.int32, device=gates.device)
+        count = new((B, heads))
     together = min(4, triton.next_power_of_2(heads))
     groups = triton.cdiv(heads, together)
     chunk = min(1024, triton.next_power_of_2(N))
     with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
         kernels.partition[(B * groups,)](
-            gates, order, count, work, items, *gates.stride(), N, heads, groups, CHUNK=chunk, HEADS=together,
+            gates, order, count, work, zeros, totals, *gates.stride(), N, heads, groups, CHUNK=chunk, HEADS=together,
             PARTS=parts, num_warps=8 if chunk > 256 else 4,
         )  # fmt: skip
-    return (order, work, items) if parts else (order, count)
+    return (order, work, zeros, totals) if parts else (order, count)
 
 
 def forward(q, k, v, gates, scale: float, tiles: Tiles | None = None, listed=None) -> torch.Tensor:

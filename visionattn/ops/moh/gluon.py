@@ -15,7 +15,7 @@ from . import fused
 class Setting:
     """Warpgroups of 64 queries, keys of a tile, tiles in flight; registers per thread: warpgroups', loading warp's.
 
-    programs: of one multiprocessor.
+    programs: of one multiprocessor. turns: two warpgroups issue their products in turns.
     """
 
     groups: int = 2
@@ -23,6 +23,7 @@ class Setting:
     stages: int = 4
     registers: tuple[int, int] = (232, 40)
     programs: int = 1
+    turns: bool = True
 
     @property
     def cap(self) -> int:
@@ -33,23 +34,30 @@ class Setting:
 
 SETTING = Setting()
 # Versions of triton with which it ran: it compiles for others too, but a deadlock could not be caught.
-MEASURED: tuple[str, ...] = ()
+MEASURED = ("3.6.",)
 failed: list[str] = []
 
 
 def reason(q, k, v) -> str | None:
     """Why the kernel can't run on these arguments, or None."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "needs a GPU of compute capability 9.0"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, got {q.dtype}"
-    if q.shape[3] not in (64, 72, 80):
-        return f"needs heads of 64, 72 or 80 channels, got {q.shape[3]}"
+    never = _static_reason(q.device, q.dtype, q.shape[3])
+    if never is not None:
+        return never
     if q.shape[1] == 0 or k.shape[1] == 0:
         return "needs a token"
     if not all(x.stride(-1) == 1 and fused.suits_descriptor(x) for x in (q, k, v)):
         return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
     return _missing()
+
+
+def _static_reason(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {dtype}"
+    if dim not in (64, 72, 80):
+        return f"needs heads of 64, 72 or 80 channels, got {dim}"
+    return None
 
 
 @functools.cache
@@ -63,14 +71,19 @@ def _missing() -> str | None:
     return None
 
 
-def choose(q, k, v, which: str) -> Setting | None:
-    """What the kernel runs with, or None for the Triton kernel.
+def taken(device: torch.device, dtype: torch.dtype, dim: int, which: str) -> bool:
+    """Whether tensors like these run with it, if their strides allow it.
 
     which: ``'auto'`` takes it with versions of triton it ran with, ``'gluon'`` wherever it can run, ``'triton'`` never.
     """
     if which == "triton" or (which == "auto" and (failed or not triton.__version__.startswith(MEASURED))):
-        return None
-    return SETTING if reason(q, k, v) is None else None
+        return False
+    return _static_reason(device, dtype, dim) is None and _missing() is None
+
+
+def choose(q, k, v, which: str) -> Setting | None:
+    """What the kernel runs with, or None for the Triton kernel; see :func:`taken`."""
+    return SETTING if taken(q.device, q.dtype, q.shape[3], which) and reason(q, k, v) is None else None
 
 
 def give_up(error: Exception) -> None:
@@ -91,19 +104,19 @@ def _describe(x: torch.Tensor, keys: int, channels: int):
     return TensorDescriptor(x, found.shape, found.strides, found.block_shape, layout)
 
 
-def launch_arguments(q, k, v, gates, out, order, work, items, scale: float, setting: Setting):
+def launch_arguments(q, k, v, gates, out, lists, scale: float, setting: Setting):
     """Positional and named arguments of the kernel, without the warps."""
     N, heads, dim = q.shape[1:]
     narrow = (_describe(k, setting.keys, 16), _describe(v, setting.keys, 16)) if dim > 64 else (None, None)
     unit = 16 // q.element_size()
     strides = [[s // unit for s in x.stride()[:3]] for x in (q, out)]
     args = (
-        q, _describe(k, setting.keys, 64), _describe(v, setting.keys, 64), *narrow, gates, out, order, work, items,
+        q, _describe(k, setting.keys, 64), _describe(v, setting.keys, 64), *narrow, gates, out, *lists,
         *strides[0], *gates.stride(), *strides[1], N, k.shape[1], heads, scale * math.log2(math.e),
     )  # fmt: skip
     named = dict(
         D=dim, D1=64, BN=setting.keys, GROUPS=setting.groups, STAGES=setting.stages, UNIT=unit,
-        REGISTERS=setting.registers,
+        TURNS=setting.turns and setting.groups == 2, REGISTERS=setting.registers,
     )  # fmt: skip
     return args, named
 
@@ -113,10 +126,10 @@ def forward(q, k, v, gates, scale: float, setting: Setting = SETTING, listed=Non
     from . import kernels_hopper
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    order, work, items = listed or fused.list_tokens(gates, setting.groups)
-    args, named = launch_arguments(q, k, v, gates, out, order, work, items, scale, setting)
+    lists = listed or fused.list_tokens(gates, setting.groups)
+    args, named = launch_arguments(q, k, v, gates, out, lists, scale, setting)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(len(work), setting.programs * processors)
+    programs = setting.programs * processors
     with torch.cuda.device(q.device):
         kernels_hopper.forward_kernel[(programs,)](*args, **named, num_warps=4, maxnreg=setting.cap)
     return out

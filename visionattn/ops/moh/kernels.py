@@ -5,39 +5,35 @@ import triton.language as tl
 
 
 @triton.jit
-def _schedule(WORK, ITEMS, pair, there, count, N, PARTS: tl.constexpr):
-    """Appends items of up to PARTS x 64 queries: pair, first slot and end of queries, first slot and end of zeros.
+def _schedule(WORK, TOTALS, pair, there, count, PARTS: tl.constexpr):
+    """Appends items of up to PARTS x 64 queries: pair, first slot and end. The 64s of a pair are spread evenly.
 
-    The 64s of a pair are spread evenly over its items, and so are the tokens that did not choose the head. Which item
-    stands where varies between runs, what it says does not.
+    Which item stands where varies between runs, what it says does not.
     """
     units = tl.cdiv(count, 64)
-    items = tl.where(there, tl.maximum(tl.cdiv(units, PARTS), 1), 0)
-    before = tl.atomic_add(ITEMS, tl.sum(items, 0)) + tl.cumsum(items, 0) - items
-    share = tl.cdiv(N - count, tl.maximum(items, 1))[None]
+    items = tl.where(there, tl.cdiv(units, PARTS), 0)
+    before = tl.atomic_add(TOTALS, tl.sum(items, 0)) + tl.cumsum(items, 0) - items
     for start in range(0, tl.max(items, 0), 16):
         item = start + tl.arange(0, 16)[:, None]
         inside = item < items[None]
         some = tl.maximum(items, 1)[None]
         first = item * units[None] // some * 64
         end = tl.minimum((item + 1) * units[None] // some * 64, count[None])
-        at = WORK + (before[None] + item) * 5
+        at = WORK + (before[None] + item) * 3
         tl.store(at, tl.broadcast_to(pair[None], first.shape), mask=inside)
         tl.store(at + 1, first, mask=inside)
         tl.store(at + 2, end, mask=inside)
-        tl.store(at + 3, tl.minimum(count[None] + item * share, N), mask=inside)
-        tl.store(at + 4, tl.minimum(count[None] + (item + 1) * share, N), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "heads", "groups"])
 def partition(
-    G, ORDER, COUNT, WORK, ITEMS, gb, gn, gh, N, heads, groups,
+    G, ORDER, COUNT, WORK, ZEROS, TOTALS, gb, gn, gh, N, heads, groups,
     CHUNK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one image: for each a permutation of the tokens, and how many have a gate that is not 0.
 
     Those come first, in order; the others behind them, the last one first. With PARTS, :func:`_schedule` in place of
-    the numbers.
+    the numbers, and the others as rows (image * N + token) * heads + head of one list for all.
     """
     image = (tl.program_id(0) // groups).to(tl.int64)
     head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
@@ -49,12 +45,21 @@ def partition(
         inside = (token < N) & (head < heads)[None]
         gate = tl.load(gates + token * gn, mask=inside, other=0.0)
         chosen = gate != 0.0
-        upto = tl.cumsum(chosen.to(tl.int32), 0) + total[None]
-        slot = tl.where(chosen, upto - 1, N - 1 - token + upto)
-        tl.store(order + slot, tl.broadcast_to(token, slot.shape), mask=inside)
+        rank = tl.cumsum(chosen.to(tl.int32), 0)
+        upto = rank + total[None]
+        if PARTS > 0:
+            tl.store(order + upto - 1, tl.broadcast_to(token, upto.shape), mask=chosen)
+            found = tl.sum(chosen.to(tl.int32), 0)
+            others = tl.where(head < heads, tl.minimum(N - start, CHUNK) - found, 0)
+            before = tl.atomic_add(TOTALS + 1, tl.sum(others, 0)) + tl.cumsum(others, 0) - others
+            row = (image.to(tl.int32) * N + token) * heads + head[None]
+            tl.store(ZEROS + before[None] + token - start - rank, row, mask=inside & (gate == 0.0))
+        else:
+            slot = tl.where(chosen, upto - 1, N - 1 - token + upto)
+            tl.store(order + slot, tl.broadcast_to(token, slot.shape), mask=inside)
         total += tl.sum(chosen.to(tl.int32), 0)
     if PARTS > 0:
-        _schedule(WORK, ITEMS, image.to(tl.int32) * heads + head, head < heads, total, N, PARTS)
+        _schedule(WORK, TOTALS, image.to(tl.int32) * heads + head, head < heads, total, PARTS)
     else:
         tl.store(COUNT + image * heads + head, total, mask=head < heads)
 

@@ -28,10 +28,11 @@ def _as(buf, desc):
 
 
 @gluon.jit
-def read_item(work, item):
-    """(image, head), the first query's slot, and the end of the slots whose tokens chose the head."""
-    at = work + item * 5
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
+def read_item(work, item, total):
+    """(image, head), the first query's slot, and the end; without queries beyond the last item."""
+    at = work + item * 3
+    there = item < total
+    return gl.load(at, there, other=0), gl.load(at + 1, there, other=0), gl.load(at + 2, there, other=0)
 
 
 @gluon.jit
@@ -92,20 +93,31 @@ def multiply_values(p, values, slot, acc, acc2, mma_o2: gl.constexpr, REST: gl.c
 
 
 @gluon.jit
-def step(ring, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, CONST: gl.constexpr):
-    """Visits tile `ring` of the loads: its logits, and meanwhile the product of p and the values of the tile before."""
+def step(ring, steps, both, queries, keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale,
+         CONST: gl.constexpr):  # fmt: skip
+    """Visits tile `ring` of the loads: its logits, and meanwhile the product of p and the values of the tile before.
+
+    steps: those before in which both warpgroups took part; then they issue products in turns, so that one's softmax
+    runs beside the other's products.
+    """
     STAGES: gl.constexpr = CONST[0]
     mma_s: gl.constexpr = CONST[1]
     mma_o: gl.constexpr = CONST[2]
     mma_o2: gl.constexpr = CONST[3]
     REST: gl.constexpr = CONST[4]
-    k_full, v_full, empty = bars
+    TURNS: gl.constexpr = CONST[5]
+    WHICH: gl.constexpr = CONST[6]
+    k_full, v_full, empty, turns = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
     old_slot = (ring - 1) % STAGES
 
     mbarrier.wait(k_full.index(slot), phase)
+    if TURNS:
+        mbarrier.wait(turns.index(WHICH), (steps & 1) ^ (1 - WHICH), pred=both)
     s = multiply_keys(queries, keys, slot, mma_s, REST)
     acc, acc2 = multiply_values(p, values, old_slot, acc, acc2, mma_o2, REST)
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - WHICH), pred=both)
     if REST:
         s = warpgroup_mma_wait(2, deps=[s])
     else:
@@ -142,14 +154,15 @@ def store_rows(out, token, inside, acc, factor, on, first: gl.constexpr, D: gl.c
 def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: gl.constexpr):
     """A warpgroup: logits, softmax, output of its 64 queries of each item."""
     q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
-    k_full, v_full, empty = bars
-    q_ptr, g_ptr, out, order, work, total_ptr = pointers
+    k_full, v_full, empty, turns = bars
+    q_ptr, g_ptr, out, order, work, zeros, totals = pointers
     q_strides, g_strides, o_strides = strides
     N, M, heads, qk_scale = numbers
     D: gl.constexpr = CONST[0]
     STAGES: gl.constexpr = CONST[1]
     UNIT: gl.constexpr = CONST[2]
     REST: gl.constexpr = CONST[3]
+    TURNS: gl.constexpr = CONST[4]
     D1: gl.constexpr = q_bufs.shape[2]
     BN: gl.constexpr = k_bufs.shape[1]
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -159,7 +172,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     lanes: gl.constexpr = D1 // 8  # 16 bytes each
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
     rest: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    S: gl.constexpr = (STAGES, mma_s, mma_o, mma_o2, REST)
+    S: gl.constexpr = (STAGES, mma_s, mma_o, mma_o2, REST, TURNS, WHICH)
     keys = (k_bufs, k2_bufs)
     values = (v_bufs, v2_bufs)
     gb, gn, gh = g_strides
@@ -168,19 +181,20 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     mma_row = WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
     key = gl.arange(0, BN, layout=gl.SliceLayout(0, mma_s))
     tiles = (M + BN - 1) // BN
-    total = gl.load(total_ptr)
+    total = gl.load(totals)
     hop = gl.num_programs(0)
-    pair, first, end = read_item(work, gl.minimum(gl.program_id(0), total - 1))
-    pair1, first1, end1 = read_item(work, gl.minimum(gl.program_id(0) + hop, total - 1))
+    pair, first, end = read_item(work, gl.program_id(0), total)
+    pair1, first1, end1 = read_item(work, gl.program_id(0) + hop, total)
     token = read_tokens(order, pair, first + row, end, N)
     token1 = read_tokens(order, pair1, first1 + row, end1, N)
     q, q2 = q_bufs.index(2 * WHICH), q2_bufs.index(2 * WHICH)
     copy_queries(q_ptr, q_strides, pair, heads, token, first + row < end, q, q2, D, UNIT, rest)
     ring = 0
     turn = 0
+    steps = 0
     for item in range(gl.program_id(0), total, hop):
         # queries of the next item are on the way during this one, and the tokens of the one after that
-        pair2, first2, end2 = read_item(work, gl.minimum(item + 2 * hop, total - 1))
+        pair2, first2, end2 = read_item(work, item + 2 * hop, total)
         q, q2 = q_bufs.index(2 * WHICH + turn), q2_bufs.index(2 * WHICH + turn)
         async_copy.wait_group(0)
         fence_async_shared()
@@ -208,10 +222,12 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
             gate = gl.load(gates + mma_token * gn, mask=first + mma_row < end, other=0.0).to(gl.float32)
             token2 = read_tokens(order, pair2, first2 + row, end2, N)
             mbarrier.wait(v_full.index(slot), phase)
+            both = first + 64 < end
             for i in range(1, tiles):
                 p, acc, acc2, row_max, row_sum = step(
-                    ring + i, (q, q2), keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, S
+                    ring + i, steps, both, (q, q2), keys, values, bars, p, acc, acc2, row_max, row_sum, qk_scale, S
                 )
+                steps += both.to(gl.int32)
             slot = (ring + tiles - 1) % STAGES
             acc, acc2 = multiply_values(p, values, slot, acc, acc2, mma_o2, REST)
             if REST:
@@ -224,30 +240,35 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
             store_rows(o_ptr, token, first + row < end, acc, factor, on * UNIT, 0, D, rows)
             if REST:
                 store_rows(o_ptr, token, first + row < end, acc2, factor, on * UNIT, D1, D, rest)
-            ring += tiles
         else:
             token2 = read_tokens(order, pair2, first2 + row, end2, N)
-            if first < end:
-                for i in range(0, tiles):
-                    slot, phase = (ring + i) % STAGES, (ring + i) // STAGES & 1
-                    mbarrier.wait(k_full.index(slot), phase)
-                    mbarrier.wait(v_full.index(slot), phase)
-                    mbarrier.arrive(empty.index(slot))
-                ring += tiles
+            for i in range(0, tiles):
+                slot, phase = (ring + i) % STAGES, (ring + i) // STAGES & 1
+                mbarrier.wait(k_full.index(slot), phase)
+                mbarrier.wait(v_full.index(slot), phase)
+                mbarrier.arrive(empty.index(slot))
+        ring += tiles
         pair, first, end, token = pair1, first1, end1, token1
         pair1, first1, end1, token1 = pair2, first2, end2, token2
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def clear(out, order, on, begin, end, D: gl.constexpr, D1: gl.constexpr, ROWS: gl.constexpr):
-    """Writes 0 for the tokens of ROWS slots from `begin` on; by one warp."""
+def read_zeros(zeros, chunk, count, D1: gl.constexpr, ROWS: gl.constexpr):
+    """Rows of a chunk of the list of zeros; -1 beyond its end."""
     lanes: gl.constexpr = D1 // 8
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [1, 1], [1, 0])
-    slot = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
-    token = gl.load(order + slot, mask=slot < end, other=0)
-    at = out + token[:, None] * on
-    inside = (slot < end)[:, None]
+    at = chunk * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
+    return gl.load(zeros + at, mask=at < count, other=-1)
+
+
+@gluon.jit
+def clear(out, row, D: gl.constexpr, D1: gl.constexpr):
+    """Writes 0 to rows of D channels of the output; by one warp."""
+    rows: gl.constexpr = row.type.layout.parent
+    ROWS: gl.constexpr = row.shape[0]
+    at = out + row.to(gl.int64)[:, None] * D
+    inside = (row >= 0)[:, None]
     channel = gl.arange(0, D1, layout=gl.SliceLayout(0, rows))
     zero = gl.zeros([ROWS, D1], out.dtype.element_ty, rows)
     gl.store(at + channel[None, :], zero, mask=inside & (channel < D)[None, :])
@@ -258,59 +279,58 @@ def clear(out, order, on, begin, end, D: gl.constexpr, D1: gl.constexpr, ROWS: g
 
 @gluon.jit
 def produce(bufs, bars, descs, pointers, strides, numbers, CONST: gl.constexpr):
-    """The loading warp; it also writes the zeros of tokens that did not choose the head."""
+    """The loading warp; between loads it also writes zeros, its share of all, for tokens that did not choose a head."""
     q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs = bufs
-    k_full, v_full, empty = bars
+    k_full, v_full, empty, turns = bars
     k_desc, v_desc, k2_desc, v2_desc = descs
-    q_ptr, g_ptr, out, order, work, total_ptr = pointers
-    q_strides, g_strides, o_strides = strides
+    q_ptr, g_ptr, out, order, work, zeros, totals = pointers
     N, M, heads, qk_scale = numbers
-    ob, on, oh = o_strides
     D: gl.constexpr = CONST[0]
     STAGES: gl.constexpr = CONST[1]
-    UNIT: gl.constexpr = CONST[2]
     REST: gl.constexpr = CONST[3]
     ROWS: gl.constexpr = 32
     D1: gl.constexpr = q_bufs.shape[2]
     BN: gl.constexpr = k_bufs.shape[1]
     BYTES: gl.constexpr = BN * (D1 + (16 if REST else 0)) * 2
     tiles = (M + BN - 1) // BN
-    total = gl.load(total_ptr)
+    hop = gl.num_programs(0)
+    total = gl.load(totals)
+    count = gl.load(totals + 1)
+    chunks = (count + ROWS - 1) // ROWS
+    chunk = gl.program_id(0)
+    rows = read_zeros(zeros, chunk, count, D1, ROWS)
     ring = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        pair, first, end = read_item(work, item)
-        at = gl.load(work + item * 5 + 3)
-        last = gl.load(work + item * 5 + 4)
+    for item in range(gl.program_id(0), total, hop):
+        pair, first, end = read_item(work, item, total)
         image, head = pair // heads, pair % heads
-        rows = order + pair.to(gl.int64) * N
-        o_ptr = out + (image.to(gl.int64) * ob + head * oh) * UNIT
-        if first < end:
-            for i in range(0, tiles):
-                slot, phase = ring % STAGES, ring // STAGES & 1
-                start = gl.where(i == 0, tiles - 1, i - 1) * BN
-                mbarrier.wait(empty.index(slot), phase ^ 1)
-                mbarrier.expect(k_full.index(slot), BYTES)
+        for i in range(0, tiles):
+            slot, phase = ring % STAGES, ring // STAGES & 1
+            start = gl.where(i == 0, tiles - 1, i - 1) * BN
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            mbarrier.expect(k_full.index(slot), BYTES)
+            tma.async_copy_global_to_shared(
+                k_desc, [image, start, head, 0], k_full.index(slot), _as(k_bufs.index(slot), k_desc)
+            )
+            if REST:
                 tma.async_copy_global_to_shared(
-                    k_desc, [image, start, head, 0], k_full.index(slot), _as(k_bufs.index(slot), k_desc)
+                    k2_desc, [image, start, head, D1], k_full.index(slot), _as(k2_bufs.index(slot), k2_desc)
                 )
-                if REST:
-                    tma.async_copy_global_to_shared(
-                        k2_desc, [image, start, head, D1], k_full.index(slot), _as(k2_bufs.index(slot), k2_desc)
-                    )
-                mbarrier.expect(v_full.index(slot), BYTES)
+            mbarrier.expect(v_full.index(slot), BYTES)
+            tma.async_copy_global_to_shared(
+                v_desc, [image, start, head, 0], v_full.index(slot), _as(v_bufs.index(slot), v_desc)
+            )
+            if REST:
                 tma.async_copy_global_to_shared(
-                    v_desc, [image, start, head, 0], v_full.index(slot), _as(v_bufs.index(slot), v_desc)
+                    v2_desc, [image, start, head, D1], v_full.index(slot), _as(v2_bufs.index(slot), v2_desc)
                 )
-                if REST:
-                    tma.async_copy_global_to_shared(
-                        v2_desc, [image, start, head, D1], v_full.index(slot), _as(v2_bufs.index(slot), v2_desc)
-                    )
-                if at < last:
-                    clear(o_ptr, rows, on * UNIT, at, last, D, D1, ROWS)
-                    at += ROWS
-                ring += 1
-        for begin in range(at, last, ROWS):
-            clear(o_ptr, rows, on * UNIT, begin, last, D, D1, ROWS)
+            if chunk < chunks:  # its rows were asked for a step ago
+                clear(out, rows, D, D1)
+                chunk += hop
+                rows = read_zeros(zeros, chunk, count, D1, ROWS)
+            ring += 1
+    for rest in range(chunk, chunks, hop):
+        clear(out, rows, D, D1)
+        rows = read_zeros(zeros, rest + hop, count, D1, ROWS)
 
 
 NUMBERS = ["qb", "qn", "qh", "gb", "gn", "gh", "ob", "on", "oh", "N", "M", "heads"]
@@ -318,14 +338,14 @@ NUMBERS = ["qb", "qn", "qh", "gb", "gn", "gh", "ob", "on", "oh", "N", "M", "head
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    q_ptr, k_desc, v_desc, k2_desc, v2_desc, g_ptr, out, order, work, total,
+    q_ptr, k_desc, v_desc, k2_desc, v2_desc, g_ptr, out, order, work, zeros, totals,
     qb, qn, qh, gb, gn, gh, ob, on, oh, N, M, heads, qk_scale,
     D: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    UNIT: gl.constexpr, REGISTERS: gl.constexpr,
+    UNIT: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """GROUPS warpgroups; REGISTERS: of the threads of the second and third one, and of the loading warp.
 
-    Strides of q and out come in units of UNIT elements, 16 bytes.
+    TURNS: two warpgroups issue their products in turns. Strides of q and out come in units of UNIT elements, 16 bytes.
     """
     REST: gl.constexpr = D > D1
     dtype: gl.constexpr = k_desc.dtype
@@ -350,18 +370,21 @@ def forward_kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()
     bufs = (q_bufs, q2_bufs, k_bufs, k2_bufs, v_bufs, v2_bufs)
-    bars = (k_full, v_full, empty)
+    bars = (k_full, v_full, empty, turns)
     descs = (k_desc, v_desc, k2_desc, v2_desc)
-    pointers = (q_ptr, g_ptr, out, order, work, total)
+    pointers = (q_ptr, g_ptr, out, order, work, zeros, totals)
     strides = ((qb, qn, qh), (gb, gn, gh), (ob, on, oh))
     numbers = (N, M, heads, qk_scale)
-    CONST: gl.constexpr = (D, STAGES, UNIT, REST)
+    CONST: gl.constexpr = (D, STAGES, UNIT, REST, TURNS)
     if GROUPS == 3:
         gl.warp_specialize(
             [
