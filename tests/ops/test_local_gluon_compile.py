@@ -38,13 +38,11 @@ def build(kernel, constants, blocks, setting, warps):
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "qk_scale" else "i32"
-            if name in ("o_batch", "o_token", "o_head"):
-                attrs[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, maxnreg=setting.cap))
 
 
-POINTERS = {"o_ptr": "*bf16", "lse_ptr": "*fp32", "table": "*i32", "edges": "*i64", "bits": "*i64"}
+POINTERS = {"lse_ptr": "*fp32", "table": "*i32", "bits": "*i64"}
 
 
 def compile_forward(setting, text: bool, dim=128):
@@ -61,16 +59,13 @@ def compile_forward(setting, text: bool, dim=128):
     return build(kernels_hopper.forward_kernel, constants, blocks, setting, setting.rows // 16)
 
 
-def compile_disk(setting):
+def compile_disk(setting, dim=128):
     constants = dict(
-        QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages, QREG=setting.in_registers,
-        LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height,
-        DIRECT=setting.direct, REGISTERS=setting.registers,
+        QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages, D=dim, QREG=setting.in_registers,
+        LAZY=setting.lazy, REGISTERS=setting.registers,
     )  # fmt: skip
-    half = kernels_disk.HALF.value
-    blocks = dict.fromkeys(("q_desc", "o_desc"), (1, 8, 8, 1, half))
-    blocks |= dict.fromkeys(("k_desc", "v_desc"), (1, setting.height, 8, 1, half))
-    blocks |= dict.fromkeys(("kt_desc", "vt_desc"), (1, setting.keys, 1, half))
+    blocks = dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), (1, 8, 8, 1, dim))
+    blocks |= dict.fromkeys(("kt_desc", "vt_desc"), (1, 64, 1, dim))
     return build(kernels_disk.disk_forward, constants, blocks, setting, 4)
 
 

@@ -19,6 +19,11 @@ CASES = {
     "causal, no text": ((33, 50), Neighborhood((9, 21), 1, causal=(True, False)), 0, 2, 2, 2, 64, True),
     "window below the tile": ((13, 9), Neighborhood(5), 1, 3, 2, 2, 128, True),
     "video": ((9, 20, 21), Neighborhood((4, 8, 8), (2, 4, 4)), 30, 2, 1, 1, 128, True),
+    "disk, odd grid, odd text": ((45, 37), Disk(9), 77, 2, 2, 1, 128, True),
+    "disk, text last": ((64, 72), Disk(16), 128, 1, 2, 2, 128, False),
+    "disk, no text": ((33, 50), Disk(6.5), 0, 1, 2, 2, 128, True),
+    "disk above the grid": ((13, 9), Disk(20), 5, 3, 2, 2, 128, True),
+    "small disk, 64 channels": ((70, 129), Disk(2), 0, 2, 2, 2, 64, True),
     "video, strides are tiles": ((8, 24, 32), Neighborhood((4, 16, 16), (2, 8, 8)), 0, 1, 2, 2, 128, True),
 }
 
@@ -58,7 +63,12 @@ def error(x, y):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.bfloat16) for case in CASES), ("odd grid, odd text", torch.float16), ("video", torch.float16)],
+    [
+        *((case, torch.bfloat16) for case in CASES),
+        ("odd grid, odd text", torch.float16),
+        ("video", torch.float16),
+        ("disk, text last", torch.float16),
+    ],
 )
 def test_errors(case, dtype):
     """At most twice those of dense attention under a mask at the same precision; the gradients take Triton's kernels
@@ -95,7 +105,7 @@ def test_strided_inputs_and_poison():
 
 
 def test_auto_takes_full_tiles_only(monkeypatch):
-    """Same answer as Triton's kernel where 'auto' takes this one, also compiled; disks and float32 stay there."""
+    """Same answer as Triton's kernel where 'auto' takes this one, also compiled; large disks and float32 stay there."""
     monkeypatch.setattr(fused, "forward_choice", "auto")
     monkeypatch.setattr(gluon, "failed", [])
     monkeypatch.setattr(gluon, "MEASURED", ("",))
@@ -103,7 +113,8 @@ def test_auto_takes_full_tiles_only(monkeypatch):
     tensors = [torch.randn(1, 64 * 128 + 77, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     assert takes_gluon(tensors, given)
     assert not takes_gluon([t.float() for t in tensors], given)
-    for pattern in (Disk(8), Neighborhood(7, dilation=2)):
+    assert takes_gluon(tensors, {**given, "pattern": Disk(8)})
+    for pattern in (Disk(40), Neighborhood(7, dilation=2)):
         assert not takes_gluon(tensors, {**given, "pattern": pattern})
 
     def attend(q, k, v):
@@ -114,6 +125,25 @@ def test_auto_takes_full_tiles_only(monkeypatch):
     monkeypatch.setattr(fused, "forward_choice", "triton")
     assert not takes_gluon(tensors, given)
     assert error(attend(*tensors), found.double()) < 5e-3
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (1, 2), (2, 1)])
+def test_disk_of_few_stages(groups):
+    """A warpgroup that passes over many tiles in a row still gives its values back: two stages, small disks."""
+    small = gluon.DiskSetting(groups=groups, stages=2)
+    for grid, radius, text in (((40, 72), 5, 0), ((33, 50), 6.5, 70), ((64, 64), 16, 0)):
+        pattern = Disk(radius)
+        tensors = [
+            torch.randn(1, math.prod(grid) + text, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        ]
+        p = fused.plan(*tensors, None, None, None, None, grid, pattern, text, True, 128**-0.5)
+        out = torch.full_like(tensors[0], math.nan)
+        lse = torch.empty(1, 2, len(out[0]), device="cuda")
+        gluon.disk_forward(p, *tensors, out, lse, small)
+        expected = local_attention(
+            *(t.double() for t in tensors), grid=grid, pattern=pattern, text=text, backend="reference"
+        )
+        assert error(out[:, text:], expected[:, text:]) < 5e-3
 
 
 def test_failure_is_said_once_and_triton_runs(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from . import counts, fused, steps
+from . import counts, fused, tables
 from .patterns import Cross, Disk, Neighborhood, radius_squared
 from .tiles import Shape
 
@@ -44,19 +44,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class DiskSetting:
-    """A variant of the disk's kernel: warpgroups (y, x) of 8 x 8 queries that share loads, keys of a step and the
-    height of the pieces that it is gathered from (steps.py), and the rest as of :class:`Setting`."""
+    """A variant of the disk's kernel: warpgroups (y, x) of 8 x 8 queries that share loads; whether their queries stay
+    in registers; whether the maximum of a row may lag (kernels_disk.softmax); programs of a multiprocessor."""
 
     groups: tuple[int, int] = (1, 2)
-    keys: int = 128
-    height: int = 8
-    stages: int = 3
-    in_registers: bool = False
-    lazy: bool = False
-    merge: bool = False
-    direct: bool = False
+    stages: int = 6
+    in_registers: bool = True
+    lazy: bool = True
     registers: tuple[int, int] = (240, 24)
     cap: int = 168
+    programs: int = 1
+
+
+WIDEST = 128  # the table of a disk of this radius has a megabyte
 
 
 def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
@@ -67,8 +67,10 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
         return f"needs bfloat16 or float16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"needs heads of 64 or 128 channels, got {q.shape[-1]}"
-    if isinstance(pattern, Disk) and (len(grid) != 2 or q.shape[-1] != 128):
-        return "needs grids of two axes and heads of 128 channels for disks"
+    if isinstance(pattern, Disk) and len(grid) != 2:
+        return f"needs a grid of two axes for a disk, got {len(grid)}"
+    if isinstance(pattern, Disk) and pattern.radius > WIDEST:
+        return f"has no table for disks of a radius above {WIDEST}, got {pattern.radius}"
     if ek is not None or bias is not None or (lengths is not None and text):
         return "has no extra keys, biases or text lengths"
     if not isinstance(pattern, Cross) and any(d > 1 for d in fused.boxes(pattern, grid).dilations):
@@ -116,7 +118,10 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
     if reason(q, k, v, ek, bias, lengths, grid, pattern, text) is not None:
         return None
     if isinstance(pattern, Disk):
-        return DISK if which == "gluon" else None
+        queries = math.prod(tables.SIDE * g for g in DISK.groups)
+        fills = math.prod(grid) * q.shape[0] * q.shape[2] >= queries * _processors(q.device)
+        measured = q.shape[-1] == 128 and pattern.radius <= 32 and triton.__version__.startswith(MEASURED)
+        return DISK if which == "gluon" or (measured and fills) else None
     setting = VIDEO if fused.boxes(pattern, grid).three else WINDOW
     if which == "gluon":
         return setting
@@ -196,18 +201,19 @@ def grid_forward(p: fused.Plan, q, k, v, out, lse, setting: Setting | DiskSettin
         )  # fmt: skip
 
 
-_lists: dict[tuple, tuple[list[torch.Tensor], int]] = {}
+_words: dict[tuple, tuple] = {}
 
 
-def _device_lists(pattern: Disk, grid, setting: DiskSetting, device) -> tuple[list[torch.Tensor], int]:
-    """What steps.disk_lists returns, on a device; made once."""
-    shape = radius_squared(pattern), tuple(grid), setting.groups, setting.keys, setting.height
-    found = _lists.get((*shape, str(device)))
+def _disk_tables(pattern: Disk, grid, groups, device) -> tuple[torch.Tensor, int, torch.Tensor, int]:
+    """What tables.disk_words returns, on a device; made once."""
+    key = radius_squared(pattern), tuple(grid), groups, str(device)
+    found = _words.get(key)
     if found is None:
-        if len(_lists) >= 256:
-            _lists.clear()
-        *lists, count = steps.disk_lists(*shape)
-        found = _lists[(*shape, str(device))] = [torch.from_numpy(x.reshape(-1)).to(device) for x in lists], count
+        if len(_words) >= 256:
+            _words.clear()
+        table, entries, words, classes = tables.disk_words(*key[:3])
+        table, words = (torch.from_numpy(x).to(device) for x in (table, words))
+        found = _words[key] = table, entries, words, classes
     return found
 
 
@@ -215,20 +221,19 @@ def disk_forward(p: fused.Plan, q, k, v, out, lse, setting: DiskSetting) -> None
     """The rows of grid queries of a disk."""
     from . import kernels_disk
 
-    half = kernels_disk.HALF.value
-    tile, piece, run = (1, 8, 8), (1, setting.height, 8), [1, setting.keys, 1, half]
-    lists, count = _device_lists(p.pattern, p.grid, setting, p.device)
-    shapes = ((q, tile), (k, piece), (v, piece), (out, tile))
-    *grids, o_desc = (_describe(p.grid_descriptor(x, y, 0), [*y, 1, half]) for x, y in shapes)
+    square, keys = (1, tables.SIDE, tables.SIDE), tables.SIDE**2
+    table, entries, words, classes = _disk_tables(p.pattern, p.grid, setting.groups, p.device)
+    grids = [_describe(p.grid_descriptor(x, square, 0), [*square, 1, p.D]) for x in (q, k, v, out)]
     # without text there is no run: a descriptor has to be valid, and is never used
-    runs = [_describe(p.run_descriptor(x, p.text_at if p.text else 0, p.text or 1, setting.keys), run) for x in (k, v)]
-    tiles_y, tiles_x = (-(-n // (steps.SIDE * g)) for n, g in zip(p.grid, setting.groups, strict=True))
+    start, text = (p.text_at, p.text) if p.text else (0, 1)
+    runs = [_describe(p.run_descriptor(x, start, text, keys), [1, keys, 1, p.D]) for x in (k, v)]
+    tiles_y, tiles_x = (-(-n // (tables.SIDE * g)) for n, g in zip(p.grid, setting.groups, strict=True))
     tiles = tiles_y * tiles_x * p.heads * p.batch
-    kernels_disk.disk_forward[(min(tiles, _processors(p.device)),)](
-        *grids, *runs, o_desc, out, lse, *lists, *out.stride()[:3], *p.grid, p.heads, tiles_y, tiles_x, p.text, count,
-        tiles, p.group, p.N, p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
-        QREG=setting.in_registers, LAZY=setting.lazy, MERGE=setting.merge, BN=setting.keys, PH=setting.height,
-        DIRECT=setting.direct, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+    kernels_disk.disk_forward[(min(tiles, setting.programs * _processors(p.device)),)](
+        *grids[:3], *runs, grids[3], lse, table, words, *p.grid, p.heads, tiles_y, tiles_x, p.text, p.group, classes,
+        entries, tiles, p.N, p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
+        D=p.D, QREG=setting.in_registers, LAZY=setting.lazy, REGISTERS=setting.registers, num_warps=4,
+        maxnreg=setting.cap,
     )  # fmt: skip
 
 

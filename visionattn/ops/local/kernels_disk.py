@@ -1,10 +1,10 @@
 # ruff: noqa: RUF059, SIM113, B007 -- tuples of arguments are unpacked whole
-"""Gluon: the forward kernel of disks for Hopper GPUs (compute capability 9.0), heads of 128 channels.
+"""Gluon: the forward kernel of disks for Hopper GPUs (compute capability 9.0).
 
-As kernels_hopper.py: one warp loads, the others multiply, in FlashAttention-3's order. What differs: every warpgroup
-owns 8 x 8 queries and passes over steps that only others need; a step is BN keys gathered in pieces of PH x 8
-(steps.py); and the mask is a word of bits for each query, read from a table, which leaves two instructions for each
-logit. Keys and values lie in shared memory as two tiles of 64 channels, so that pieces follow one another there.
+As kernels_hopper.py: one warp loads tiles of 8 x 8 keys, the others multiply, in FlashAttention-3's order. What is
+different: every warpgroup owns 8 x 8 queries and passes over tiles that only others need; and the mask is a word of 64
+bits for each query, read from a table (tables.disk_words), which leaves two instructions for each logit. One word more
+takes away the keys that lie outside the grid.
 """
 
 from triton.experimental import gluon
@@ -19,15 +19,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .kernels_hopper import thread_barrier
 
-M = gl.constexpr(64)  # queries of a warpgroup
-HALF = gl.constexpr(64)  # channels of a tile in shared memory: 128 bytes
+M, N = gl.constexpr(64), gl.constexpr(64)  # queries of a warpgroup, keys of a tile: 8 x 8 each
+# In assembly, since LLVM packs half of the comparisons into a vector of bits and takes it apart again.
 KEEP = gl.constexpr(
     "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.u32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
 )
 
 
+def _rescale() -> str:
+    """Multiplies 32 numbers of a thread by its rows' two factors (elements 0 and 2), where a warp has any but 1."""
+    ask = [f"setp.neu.or.f32 p, ${64 + i}, 0f3F800000, p;" for i in (1, 2, 3)]
+    keep = [f"mov.b32 ${i}, ${32 + i};" for i in range(32)]
+    multiply = [f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32)]
+    lines = [
+        "{.reg .pred p, q;", "setp.neu.f32 p, $64, 0f3F800000;", *ask, "vote.sync.any.pred q, p, 0xffffffff;", *keep,
+        "@!q bra DONE;", *multiply, "DONE:", "}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+RESCALE = gl.constexpr(_rescale())
+RESCALE_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
+
+
+@gluon.jit
+def _as(buf, desc):
+    """A 2-D buffer with the shape of a descriptor's block: the same bytes."""
+    return buf._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
 @gluon.jit
 def place(tile, tiles_y, tiles_x, heads):
+    """Head, batch entry and tile (y, x) of queries."""
     x = tile % tiles_x
     rest = tile // tiles_x
     y = rest % tiles_y
@@ -36,38 +59,65 @@ def place(tile, tiles_y, tiles_x, heads):
 
 
 @gluon.jit
-def pick(n, words, BN: gl.constexpr):
-    """The 32-bit word of key n."""
-    if BN == 128:
-        a, b, c, d = words
-        low = gl.where((n < 32)[None, :], a[:, None], b[:, None])
-        high = gl.where((n < 96)[None, :], c[:, None], d[:, None])
-        return gl.where((n < 64)[None, :], low, high)
-    else:
-        a, b = words
-        return gl.where((n < 32)[None, :], a[:, None], b[:, None])
+def visits_of(table, tile_y, tile_x, tiles_y, tiles_x, classes_x):
+    """Where the visits of a tile of queries begin in the table, and where they end."""
+    cls = gl.load(table + tile_y) * classes_x + gl.load(table + tiles_y + tile_x)
+    head = table + tiles_y + tiles_x + 3 * cls
+    return gl.load(head), gl.load(head + 2)
 
 
 @gluon.jit
-def hide(s, words, BN: gl.constexpr):
-    """words: tensors (M,) of 32 bits; bit n of all together is whether key n is seen."""
-    n = gl.arange(0, BN, layout=gl.SliceLayout(0, s.type.layout))
-    one = gl.full([BN], 1, gl.uint32, n.type.layout) << (n & 31).to(gl.uint32)
-    word, one = gl.broadcast(pick(n, words, BN), one[None, :])
+def visit(table, i, entries):
+    """Offset (y, x) of a visited tile from the owner's origin; its number, and above that who needs it."""
+    packed = gl.load(table + i)
+    return packed >> 16, (packed << 16) >> 16, gl.load(table + i + entries)
+
+
+@gluon.jit
+def inside(origin, length):
+    """Bits of the 8 positions from `origin` on that are within [0, length)."""
+    low = (255 << gl.maximum(-origin, 0)) & 255
+    return low & (255 >> gl.maximum(origin + 8 - length, 0))
+
+
+@gluon.jit
+def border(y, x, H, W):
+    """A word of 64 bits: which keys of the tile at (y, x) lie on the grid. The tile meets the grid."""
+    above = (gl.maximum(-y, 0) * 8).to(gl.uint64)
+    below = (gl.maximum(y + 8 - H, 0) * 8).to(gl.uint64)
+    rows = (gl.full([], 0xFFFFFFFFFFFFFFFF, gl.uint64) >> above) << above
+    rows = (rows << below) >> below
+    return inside(x, W).to(gl.int64) * 0x0101010101010101 & rows.to(gl.int64, bitcast=True)
+
+
+@gluon.jit
+def words_of(bits, number, y, x, sizes, WHICH: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
+    """What the queries of a warpgroup see of the tile at (y, x): (M,) words of 64 bits."""
+    H, W, heads, tiles_y, tiles_x, tiles = sizes
+    m = gl.arange(0, M, layout=layout)
+    return gl.load(bits + ((number & 0xFFFF) * GROUPS + WHICH) * M + m) & border(y, x, H, W)
+
+
+@gluon.jit
+def hide(s, words):
+    """words (M,): bit n says whether key n is seen."""
+    low, high = (words & 0xFFFFFFFF).to(gl.uint32), (words >> 32).to(gl.uint32)
+    n = gl.arange(0, N, layout=gl.SliceLayout(0, s.type.layout))
+    one = gl.full([N], 1, gl.uint32, n.type.layout) << (n & 31).to(gl.uint32)
+    word = gl.where((n < 32)[None, :], low[:, None], high[:, None])
+    word, one = gl.broadcast(word, one[None, :])
     return gl.inline_asm_elementwise(KEEP, "=f,f,r,r", [s, word, one], gl.float32, True, 1)
 
 
 @gluon.jit
-def halves(words):
-    return (words & 0xFFFFFFFF).to(gl.uint32), (words >> 32).to(gl.uint32)
-
-
-@gluon.jit
 def softmax(s, row_max, row_sum, qk_scale, LAZY: gl.constexpr):
-    """Probabilities, and the running maximum, sum and factor of what was before."""
+    """Probabilities, and the running maximum, sum and factor of what was before.
+
+    LAZY: the maximum stays until one is 64 times above it, so that what was before is seldom multiplied.
+    """
     top = gl.max(s, 1) * qk_scale
     if LAZY:
-        new_max = gl.where(top > row_max + 6.0, top, row_max)  # probabilities up to 64
+        new_max = gl.where(top > row_max + 6.0, top, row_max)
     else:
         new_max = gl.maximum(row_max, top)
     p = gl.exp2(s * qk_scale - new_max[:, None])
@@ -75,137 +125,53 @@ def softmax(s, row_max, row_sum, qk_scale, LAZY: gl.constexpr):
     return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
 
 
-ASM_RESCALE = gl.constexpr(
-    "{\n.reg .pred p, q;\nsetp.neu.f32 p, $64, 0f3F800000;\n"
-    + "\n".join(f"setp.neu.or.f32 p, ${64 + i}, 0f3F800000, p;" for i in (1, 2, 3))
-    + "\nvote.sync.any.pred q, p, 0xffffffff;\n"
-    + "\n".join(f"mov.b32 ${i}, ${32 + i};" for i in range(32))
-    + "\n@!q bra DONE;\n"
-    + "\n".join(f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32))
-    + "\nDONE:\n}"
-)
-ASM_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
-
-
 @gluon.jit
 def scaled(acc, rescale, LAZY: gl.constexpr):
     factor = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     if LAZY:
         factor, same = gl.broadcast(factor, acc)
-        return gl.inline_asm_elementwise(ASM_RESCALE, ASM_CONSTRAINTS, [acc, factor], gl.float32, True, 32)
+        return gl.inline_asm_elementwise(RESCALE, RESCALE_REGISTERS, [acc, factor], gl.float32, True, 32)
     else:
         return acc * factor
 
 
 @gluon.jit
-def words_of(bits, at, BN: gl.constexpr, layout: gl.constexpr):
-    """Words of M queries; at: which M."""
-    m = gl.arange(0, M, layout=layout)
-    if BN == 128:
-        base = bits + at * (2 * M) + 2 * m
-        return gl.load(base), gl.load(base + 1)
-    else:
-        return (gl.load(bits + at * M + m),)
+def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale, STAGES: gl.constexpr,
+         LAZY: gl.constexpr):  # fmt: skip
+    """Visits a tile: its logits, and meanwhile the product of p and the values of the tile before.
 
-
-@gluon.jit
-def border_of(edges, row, column, steps, i, outer, BN: gl.constexpr):
-    """Words of the keys of step i that lie on the grid. outer: whether the tile is near a border."""
-    if BN == 128:
-        rows, columns = edges + 2 * (row * steps + i), edges + 2 * (column * steps + i)
-        a = gl.load(rows, mask=outer, other=-1) & gl.load(columns, mask=outer, other=-1)
-        b = gl.load(rows + 1, mask=outer, other=-1) & gl.load(columns + 1, mask=outer, other=-1)
-        return a, b, ((a | b) != 0)
-    else:
-        rows, columns = edges + row * steps + i, edges + column * steps + i
-        a = gl.load(rows, mask=outer, other=-1) & gl.load(columns, mask=outer, other=-1)
-        return a, a, (a != 0)
-
-
-@gluon.jit
-def cut(words, border, BN: gl.constexpr):
-    """32-bit words of what is seen and on the grid."""
-    a, b, some = border
-    if BN == 128:
-        u, v = words
-        return halves(u & a) + halves(v & b)
-    else:
-        return halves(words[0] & a)
-
-
-@gluon.jit
-def first_bits(count):
-    """The first `count` of 64 bits; none below 1, all above 63."""
-    full = gl.full([], 0xFFFFFFFFFFFFFFFF, gl.uint64)
-    shift = gl.minimum(gl.maximum(64 - count, 0), 63).to(gl.uint64)
-    return gl.where(count > 0, full >> shift, 0).to(gl.int64, bitcast=True)
-
-
-@gluon.jit
-def run_words(count, BN: gl.constexpr, layout: gl.constexpr):
-    zero = gl.full([M], 0, gl.int64, layout)
-    if BN == 128:
-        return halves(zero | first_bits(count)) + halves(zero | first_bits(count - 64))
-    else:
-        return halves(zero | first_bits(count))
-
-
-@gluon.jit
-def logits(q, k_bufs, slot, BN: gl.constexpr, layout: gl.constexpr):
-    """Starts the products of queries and keys."""
-    q0, q1 = q
-    zero = gl.zeros([M, BN], gl.float32, layout)
-    s = warpgroup_mma(q0, k_bufs.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return warpgroup_mma(q1, k_bufs.index(2 * slot + 1).permute((1, 0)), s, is_async=True)
-
-
-@gluon.jit
-def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale, S: gl.constexpr):
-    """Visits BN keys: their logits, and meanwhile the product of p and the values of the step before.
-
-    ring, held: which loads these two are, counted since the program began.
+    ring, held: which loads these two tiles are, counted since the program began.
     """
-    STAGES: gl.constexpr = S[0]
-    BN: gl.constexpr = S[1]
-    LAZY: gl.constexpr = S[2]
-    MERGE: gl.constexpr = S[3]
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
-    p, acc0, acc1, row_max, row_sum = state
+    p, acc, row_max, row_sum = state
     slot, phase = ring % STAGES, ring // STAGES & 1
     old_slot = held % STAGES
-    mma_s: gl.constexpr = row_max.type.layout.parent
     mbarrier.wait(k_full.index(slot), phase)
-    s = logits(q, k_bufs, slot, BN, mma_s)
-    acc0 = warpgroup_mma(p, v_bufs.index(2 * old_slot), acc0, is_async=True)
-    acc1 = warpgroup_mma(p, v_bufs.index(2 * old_slot + 1), acc1, is_async=True)
-    s = warpgroup_mma_wait(2, deps=[s])
+    zero = gl.zeros([M, N], gl.float32, row_max.type.layout.parent)
+    s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_bufs.index(old_slot), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(slot))
     if MASKED:
-        # ends a basic block: else ptxas looks at the words' bits early and keeps them in registers. The keys are not
-        # given back yet, so that the barrier cannot have gone on to its next phase.
-        mbarrier.wait(k_full.index(slot), phase)
-    if not MERGE:
-        mbarrier.arrive(k_empty.index(slot))
-    if MASKED:
-        s = hide(s, words, BN)
+        s = hide(s, words)
     new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, LAZY)
     new = gl.convert_layout(new.to(p.dtype), p.type.layout)
     # This wait for the values of the next step ends a basic block: without it ptxas moves the exponentials behind the
     # wait for the product that they are to run beside.
     mbarrier.wait(v_full.index(slot), phase)
-    acc0, acc1, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc0, acc1, p, new, row_sum])
+    acc, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, p, new, row_sum])
     mbarrier.arrive(v_empty.index(old_slot))
-    return new, scaled(acc0, rescale, LAZY), scaled(acc1, rescale, LAZY), row_max, row_sum
+    return new, scaled(acc, rescale, LAZY), row_max, row_sum
 
 
 @gluon.jit
-def pass_over(ring, bars, STAGES: gl.constexpr, MERGE: gl.constexpr):
-    """Gives a step back unread, once its values are there: they are loaded after its keys."""
+def pass_over(ring, bars, STAGES: gl.constexpr):
+    """Gives a tile back unread, once its values are there: they are loaded after its keys."""
     k_full, v_full, k_empty, v_empty = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
     mbarrier.wait(v_full.index(slot), phase)
-    if not MERGE:
-        mbarrier.arrive(k_empty.index(slot))
+    mbarrier.arrive(k_empty.index(slot))
     mbarrier.arrive(v_empty.index(slot))
 
 
@@ -217,152 +183,126 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
     QX: gl.constexpr = CONST[2]
     QREG: gl.constexpr = CONST[3]
     LAZY: gl.constexpr = CONST[4]
-    MERGE: gl.constexpr = CONST[5]
-    BN: gl.constexpr = CONST[6]
-    DIRECT: gl.constexpr = CONST[8]
     GROUPS: gl.constexpr = QY * QX
-    S: gl.constexpr = (STAGES, BN, LAZY, MERGE)
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
     q_full, q_empty = q_bars
-    o_desc, o_ptr, o_strides, lse_ptr = outs
-    sizes, group, N, first, qk_scale, lists = numbers
-    H, W, heads, tiles_y, tiles_x, text, steps, total_tiles = sizes
-    table, edges, bits = lists
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_o, 2)
+    sizes, text, group, classes_x, entries, table, bits, qk_scale = numbers
+    H, W, heads, tiles_y, tiles_x, tiles = sizes
+    D: gl.constexpr = q_bufs.shape[2]
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row: gl.constexpr = gl.SliceLayout(1, mma_s)
-    q_buf0, q_buf1 = q_bufs.index(2 * WHICH), q_bufs.index(2 * WHICH + 1)
+    q_buf = q_bufs.index(WHICH)
     ring = 0
     done = 0
-    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         head, batch, ty, tx = place(tile, tiles_y, tiles_x, heads)
-        y, x = (ty * QY + WHICH // QX) * 8, (tx * QX + WHICH % QX) * 8
-        row_class, column_class = gl.load(table + ty), gl.load(table + tiles_y + tx)
-        needs = table + tiles_y + tiles_x
-        outer = (row_class != 0) | (column_class != 1)
-        runs = (text + BN - 1) // BN
-        slot, phase = ring % STAGES, ring // STAGES & 1
+        own_y, own_x = ty * QY * 8, tx * QX * 8
+        begin, stop = visits_of(table, ty, tx, tiles_y, tiles_x, classes_x)
+        last = stop - 1
+        whole, rest = text // N, text % N
 
         mbarrier.wait(q_full.index(WHICH), done & 1)
         if QREG:
-            layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 2)
-            q = q_buf0.load(layout), q_buf1.load(layout)
+            q = q_buf.load(gl.DotOperandLayout(0, mma_s, 2))
         else:
-            q = q_buf0, q_buf1
-        # the end of the text; of the grid where there is no text
-        border = border_of(edges, row_class, column_class, steps, 0, outer, BN)
-        words = cut(words_of(bits, WHICH, BN, row), border, BN)
-        if runs > 0:
-            words = run_words(text - (runs - 1) * BN, BN, row)
+            q = q_buf
+        # the first tile: what is left of the text, or the first of the grid
+        dy, dx, number = visit(table, begin, entries)
+        words = words_of(bits, number, own_y + dy, own_x + dx, sizes, WHICH, GROUPS, row)
+        if rest > 0:
+            all_ = gl.full([], 0xFFFFFFFFFFFFFFFF, gl.uint64)
+            words = gl.full([M], 0, gl.int64, row) | (all_ >> (64 - rest).to(gl.uint64)).to(gl.int64, bitcast=True)
+        else:
+            begin += 1
+        slot, phase = ring % STAGES, ring // STAGES & 1
         mbarrier.wait(k_full.index(slot), phase)
-        s = logits(q, k_bufs, slot, BN, mma_s)
+        zero = gl.zeros([M, N], gl.float32, mma_s)
+        s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        if not MERGE:
-            mbarrier.arrive(k_empty.index(slot))
-        s = hide(s, words, BN)
+        mbarrier.arrive(k_empty.index(slot))
+        s = hide(s, words)
         row_max = gl.full([M], -1e30, gl.float32, row)
         row_sum = gl.zeros([M], gl.float32, row)
         p, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, False)
-        p = gl.convert_layout(p.to(q_bufs.dtype), p_layout)
-        acc0 = gl.zeros([M, HALF], gl.float32, mma_o)
-        acc1 = gl.zeros([M, HALF], gl.float32, mma_o)
+        p = gl.convert_layout(p.to(q_bufs.dtype), gl.DotOperandLayout(0, mma_o, 2))
+        acc = gl.zeros([M, D], gl.float32, mma_o)
         mbarrier.wait(v_full.index(slot), phase)
         held = ring
         ring += 1
 
-        begin = gl.where(runs > 0, 0, 1)
-        last = steps - 1
-        near = gl.minimum(begin, last)
-        need = gl.load(needs + near)
-        border = border_of(edges, row_class, column_class, steps, near, outer, BN)
-        for i in range(begin, steps):
-            near = gl.minimum(i + 1, last)
-            next_need = gl.load(needs + near)
-            next_border = border_of(edges, row_class, column_class, steps, near, outer, BN)
-            if border[2]:
-                if (need >> WHICH) & 1:
-                    words = cut(words_of(bits, i * GROUPS + WHICH, BN, row), border, BN)
-                    p, acc0, acc1, row_max, row_sum = step(
-                        ring, held, words, True, q, bufs, bars, (p, acc0, acc1, row_max, row_sum), qk_scale, S
-                    )
-                    held = ring
-                else:
-                    pass_over(ring, bars, STAGES, MERGE)
-                ring += 1
-            need, border = next_need, next_border
-        for i in range(0, runs - 1):
-            p, acc0, acc1, row_max, row_sum = step(
-                ring, held, (0,), False, q, bufs, bars, (p, acc0, acc1, row_max, row_sum), qk_scale, S
+        dy, dx, number = visit(table, gl.minimum(begin, last), entries)
+        for i in range(begin, stop):
+            next_dy, next_dx, next_number = visit(table, gl.minimum(i + 1, last), entries)
+            # The values of the tile before are given back by a step only: the loading warp must not wait for them.
+            if ((number >> (16 + WHICH)) & 1) | (ring - held >= STAGES - 1):
+                words = words_of(bits, number, own_y + dy, own_x + dx, sizes, WHICH, GROUPS, row)
+                p, acc, row_max, row_sum = step(
+                    ring, held, words, True, q, bufs, bars, (p, acc, row_max, row_sum), qk_scale, STAGES, LAZY
+                )
+                held = ring
+            else:
+                pass_over(ring, bars, STAGES)
+            ring += 1
+            dy, dx, number = next_dy, next_dx, next_number
+        for i in range(0, whole):
+            p, acc, row_max, row_sum = step(
+                ring, held, (0,), False, q, bufs, bars, (p, acc, row_max, row_sum), qk_scale, STAGES, LAZY
             )
             held = ring
             ring += 1
 
-        if DIRECT:
-            mbarrier.arrive(q_empty.index(WHICH))  # the last logits are there
         slot = held % STAGES
-        acc0 = warpgroup_mma(p, v_bufs.index(2 * slot), acc0, is_async=True)
-        acc1 = warpgroup_mma(p, v_bufs.index(2 * slot + 1), acc1, is_async=True)
-        acc0, acc1, p = warpgroup_mma_wait(0, deps=[acc0, acc1, p])
+        acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index(slot))
-
-        some = row_sum > 0
-        factor = gl.convert_layout(1.0 / gl.where(some, row_sum, 1.0), gl.SliceLayout(1, mma_o))[:, None]
-        lse = gl.where(some, (row_max + gl.log2(row_sum)) * 0.6931471805599453, -float("inf"))
-        m = gl.arange(0, M, layout=row)
-        qy, qx = y + m // 8, x + m % 8
-        at_lse = (batch * heads + head).to(gl.int64) * N + first + qy * W + qx
-        gl.store(lse_ptr + at_lse, lse, mask=(qy < H) & (qx < W))
-        if DIRECT:
-            stride_b, stride_n, stride_h = o_strides
-            m = gl.arange(0, M, layout=gl.SliceLayout(1, mma_o))
-            d = gl.arange(0, HALF, layout=gl.SliceLayout(0, mma_o))
-            qy, qx = y + m // 8, x + m % 8
-            base = o_ptr + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-            at = (base + (first + qy * W + qx).to(gl.int64) * stride_n)[:, None] + d[None, :]
-            inside = ((qy < H) & (qx < W))[:, None]
-            gl.store(at, (acc0 * factor).to(q_bufs.dtype), mask=inside)
-            gl.store(at + HALF, (acc1 * factor).to(q_bufs.dtype), mask=inside)
-        else:
-            # the output takes the queries' place: all have been read
-            thread_barrier()
-            q_buf0.store((acc0 * factor).to(q_bufs.dtype))
-            q_buf1.store((acc1 * factor).to(q_bufs.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], _as(q_buf0, o_desc))
-            tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, HALF], _as(q_buf1, o_desc))
-            tma.store_wait(0)
-            thread_barrier()
-            mbarrier.arrive(q_empty.index(WHICH))
+        y, x = own_y + WHICH // QX * 8, own_x + WHICH % QX * 8
+        finish(acc, row_max, row_sum, q_buf, outs, batch, head, y, x, sizes)
+        mbarrier.arrive(q_empty.index(WHICH))
         done += 1
 
 
 @gluon.jit
-def _as(buf, desc):
-    """A buffer with the shape of a descriptor's block: the same bytes."""
-    return buf._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+def finish(acc, row_max, row_sum, buf, outs, batch, head, y, x, sizes):
+    """Writes the output and its natural log-sum-exp. The output takes the queries' place: all have been read."""
+    H, W, heads, tiles_y, tiles_x, tiles = sizes
+    o_desc, lse_ptr, length, first = outs
+    some = row_sum > 0
+    factor = gl.convert_layout(1.0 / gl.where(some, row_sum, 1.0), gl.SliceLayout(1, acc.type.layout))
+    lse = gl.where(some, (row_max + gl.log2(row_sum)) * 0.6931471805599453, -float("inf"))
+    m = gl.arange(0, M, layout=row_sum.type.layout)
+    qy, qx = y + m // 8, x + m % 8
+    at = (batch * heads + head).to(gl.int64) * length + first + qy * W + qx
+    gl.store(lse_ptr + at, lse, mask=(qy < H) & (qx < W))
+    thread_barrier()
+    buf.store((acc * factor[:, None]).to(buf.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], _as(buf, o_desc))
+    tma.store_wait(0)
+    thread_barrier()
 
 
 @gluon.jit
-def load_step(pieces, desc, y, x, batch, kv_head, bar, bufs, slot, P: gl.constexpr, BN: gl.constexpr):
-    """pieces: pointer to the step's offsets. bufs: (slots * 2 * P, BN / P, HALF)."""
-    mbarrier.expect(bar, BN * 2 * HALF * 2)
-    for j in gl.static_range(P):
-        offset = gl.load(pieces + j)
-        ky, kx = y + (offset >> 16), x + ((offset << 16) >> 16)
-        for h in gl.static_range(2):
-            buf = bufs.index((2 * slot + h) * P + j)
-            tma.async_copy_global_to_shared(desc, [batch, ky, kx, kv_head, h * HALF], bar, _as(buf, desc))
+def load_grid(desc, y, x, batch, head, bar, buf):
+    mbarrier.expect(bar, N * buf.shape[1] * 2)
+    tma.async_copy_global_to_shared(desc, [batch, y, x, head, 0], bar, _as(buf, desc))
 
 
 @gluon.jit
-def load_run(desc, token, batch, kv_head, bar, bufs, slot, BN: gl.constexpr):
-    mbarrier.expect(bar, BN * 2 * HALF * 2)
-    for h in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            desc, [batch, token, kv_head, h * HALF], bar, _as(bufs.index(2 * slot + h), desc)
-        )
+def load_text(token, ring, batch, kv_head, bufs, bars, descs, STAGES: gl.constexpr):
+    """N keys and values of the text, from `token` on."""
+    k_bufs, v_bufs = bufs
+    k_full, v_full, k_empty, v_empty = bars
+    kt_desc, vt_desc = descs
+    slot, phase = ring % STAGES, ring // STAGES & 1
+    mbarrier.wait(k_empty.index(slot), phase ^ 1)
+    mbarrier.expect(k_full.index(slot), N * k_bufs.shape[2] * 2)
+    at = [batch, token, kv_head, 0]
+    tma.async_copy_global_to_shared(kt_desc, at, k_full.index(slot), _as(k_bufs.index(slot), kt_desc))
+    mbarrier.wait(v_empty.index(slot), phase ^ 1)
+    mbarrier.expect(v_full.index(slot), N * k_bufs.shape[2] * 2)
+    tma.async_copy_global_to_shared(vt_desc, at, v_full.index(slot), _as(v_bufs.index(slot), vt_desc))
 
 
 @gluon.jit
@@ -371,90 +311,67 @@ def produce(bufs, bars, q_bars, q_bufs, descs, numbers, CONST: gl.constexpr):
     STAGES: gl.constexpr = CONST[0]
     QY: gl.constexpr = CONST[1]
     QX: gl.constexpr = CONST[2]
-    MERGE: gl.constexpr = CONST[5]
-    BN: gl.constexpr = CONST[6]
-    PH: gl.constexpr = CONST[7]
-    P: gl.constexpr = BN // (PH * 8)
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
     q_full, q_empty = q_bars
     q_desc, k_desc, v_desc, kt_desc, vt_desc = descs
-    sizes, group, N, first, qk_scale, lists = numbers
-    H, W, heads, tiles_y, tiles_x, text, steps, total_tiles = sizes
-    table, edges, bits = lists
-    piece_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN // P, HALF], k_desc.dtype)
-    k_pieces = k_bufs._reinterpret(k_desc.dtype, [STAGES * 2 * P, BN // P, HALF], piece_layout)
-    v_pieces = v_bufs._reinterpret(k_desc.dtype, [STAGES * 2 * P, BN // P, HALF], piece_layout)
+    sizes, text, group, classes_x, entries, table, bits, qk_scale = numbers
+    H, W, heads, tiles_y, tiles_x, tiles = sizes
+    runs = (kt_desc, vt_desc)
     ring = 0
     done = 0
-    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         head, batch, ty, tx = place(tile, tiles_y, tiles_x, heads)
         kv_head = head // group
         own_y, own_x = ty * QY * 8, tx * QX * 8
-        row_class, column_class = gl.load(table + ty), gl.load(table + tiles_y + tx)
-        pieces = table + tiles_y + tiles_x + steps
-        outer = (row_class != 0) | (column_class != 1)
-        runs = (text + BN - 1) // BN
+        begin, stop = visits_of(table, ty, tx, tiles_y, tiles_x, classes_x)
         for c in gl.static_range(QY * QX):
             mbarrier.wait(q_empty.index(c), (done & 1) ^ 1)
-            y, x = (ty * QY + c // QX) * 8, (tx * QX + c % QX) * 8
-            mbarrier.expect(q_full.index(c), M * 2 * HALF * 2)
-            for h in gl.static_range(2):
-                tma.async_copy_global_to_shared(
-                    q_desc, [batch, y, x, head, h * HALF], q_full.index(c), _as(q_bufs.index(2 * c + h), q_desc)
-                )
-        # the text's end, the grid, the rest of the text
-        start = gl.where(runs > 0, -1, 0)
-        stop = gl.where(runs > 0, steps + runs - 1, steps)
-        for i in range(start, stop):
-            on_grid = (i >= 0) & (i < steps)
-            visible = True
-            if on_grid:
-                border = border_of(edges, row_class, column_class, steps, i, outer, BN)
-                visible = border[2]
-            if visible:
-                slot, phase = ring % STAGES, ring // STAGES & 1
-                token = gl.where(i < 0, runs - 1, i - steps) * BN
-                if not MERGE:
-                    mbarrier.wait(k_empty.index(slot), phase ^ 1)
-                else:
-                    mbarrier.wait(v_empty.index(slot), phase ^ 1)
-                if on_grid:
-                    load_step(
-                        pieces + i * P, k_desc, own_y, own_x, batch, kv_head, k_full.index(slot), k_pieces, slot, P, BN
-                    )
-                else:
-                    load_run(kt_desc, token, batch, kv_head, k_full.index(slot), k_bufs, slot, BN)
-                if not MERGE:
-                    mbarrier.wait(v_empty.index(slot), phase ^ 1)
-                if on_grid:
-                    load_step(
-                        pieces + i * P, v_desc, own_y, own_x, batch, kv_head, v_full.index(slot), v_pieces, slot, P, BN
-                    )
-                else:
-                    load_run(vt_desc, token, batch, kv_head, v_full.index(slot), v_bufs, slot, BN)
-                ring += 1
+            y, x = own_y + c // QX * 8, own_x + c % QX * 8
+            load_grid(q_desc, y, x, batch, head, q_full.index(c), q_bufs.index(c))
+        whole = text // N
+        if text % N > 0:
+            load_text(whole * N, ring, batch, kv_head, bufs, bars, runs, STAGES)
+            ring += 1
+        last = stop - 1
+        dy, dx, number = visit(table, begin, entries)
+        for i in range(begin, stop):
+            next_dy, next_dx, number = visit(table, gl.minimum(i + 1, last), entries)
+            slot, phase = ring % STAGES, ring // STAGES & 1
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            load_grid(k_desc, own_y + dy, own_x + dx, batch, kv_head, k_full.index(slot), k_bufs.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            load_grid(v_desc, own_y + dy, own_x + dx, batch, kv_head, v_full.index(slot), v_bufs.index(slot))
+            ring += 1
+            dy, dx = next_dy, next_dx
+        for i in range(0, whole):
+            load_text(i * N, ring, batch, kv_head, bufs, bars, runs, STAGES)
+            ring += 1
         done += 1
 
 
-NUMBERS = ["H", "W", "heads", "tiles_y", "tiles_x", "text", "steps", "tiles", "group", "length", "first"]
+NUMBERS = [
+    "H", "W", "heads", "tiles_y", "tiles_x", "text", "group", "classes_x", "entries", "tiles", "length", "first",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def disk_forward(
-    q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, o_ptr, lse_ptr, table, edges, bits,
-    o_batch, o_token, o_head, H, W, heads, tiles_y, tiles_x, text, steps, tiles, group, length, first, qk_scale,
-    QY: gl.constexpr, QX: gl.constexpr, STAGES: gl.constexpr, QREG: gl.constexpr, LAZY: gl.constexpr,
-    MERGE: gl.constexpr, BN: gl.constexpr, PH: gl.constexpr, DIRECT: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, lse_ptr, table, bits,
+    H, W, heads, tiles_y, tiles_x, text, group, classes_x, entries, tiles, length, first, qk_scale,
+    QY: gl.constexpr, QX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, QREG: gl.constexpr,
+    LAZY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Queries of a grid over text and disks. QY x QX warpgroups of 8 x 8 queries share the loads of keys and values."""
+    """Queries of a grid over text and disks. QY x QX warpgroups of 8 x 8 queries share the loads of keys and values.
+
+    QREG: queries are read into registers once. REGISTERS: of the consumers' threads, and the loading warp's.
+    """
     GROUPS: gl.constexpr = QY * QX
     dtype: gl.constexpr = q_desc.dtype
-    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, HALF], dtype)
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, HALF], dtype)
-    q_bufs = gl.allocate_shared_memory(dtype, [2 * GROUPS, M, HALF], rows)
-    k_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BN, HALF], keys)
-    v_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, BN, HALF], keys)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], dtype)
+    q_bufs = gl.allocate_shared_memory(dtype, [GROUPS, M, D], layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], bar)
@@ -474,11 +391,11 @@ def disk_forward(
     bufs = (k_bufs, v_bufs)
     bars = (k_full, v_full, k_empty, v_empty)
     q_bars = (q_full, q_empty)
-    sizes = (H, W, heads, tiles_y, tiles_x, text, steps, tiles)
-    numbers = (sizes, group, length, first, qk_scale, (table, edges, bits))
+    sizes = (H, W, heads, tiles_y, tiles_x, tiles)
+    numbers = (sizes, text, group, classes_x, entries, table, bits, qk_scale)
     descs = (q_desc, k_desc, v_desc, kt_desc, vt_desc)
-    outs = (o_desc, o_ptr, (o_batch, o_token, o_head), lse_ptr)
-    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY, MERGE, BN, PH, DIRECT)
+    outs = (o_desc, lse_ptr, length, first)
+    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY)
     if GROUPS == 1:
         gl.warp_specialize(
             [
@@ -487,7 +404,7 @@ def disk_forward(
             ],
             [1], [REGISTERS[1]],
         )  # fmt: skip
-    elif GROUPS == 2:
+    else:
         gl.warp_specialize(
             [
                 (consume, (0, bufs, bars, q_bars, q_bufs, outs, numbers, CONST)),
@@ -495,14 +412,4 @@ def disk_forward(
                 (produce, (bufs, bars, q_bars, q_bufs, descs, numbers, CONST)),
             ],
             [4, 1], [REGISTERS[0], REGISTERS[1]],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, bufs, bars, q_bars, q_bufs, outs, numbers, CONST)),
-                (consume, (1, bufs, bars, q_bars, q_bufs, outs, numbers, CONST)),
-                (consume, (2, bufs, bars, q_bars, q_bufs, outs, numbers, CONST)),
-                (produce, (bufs, bars, q_bars, q_bufs, descs, numbers, CONST)),
-            ],
-            [4, 4, 1], [REGISTERS[0], REGISTERS[0], REGISTERS[1]],
         )  # fmt: skip

@@ -83,6 +83,45 @@ def disk_table(radius_sq: int, grid: Grid, own: Tile, other: Tile) -> tuple[np.n
     return table.astype(np.int32), len(meets_x)
 
 
+SIDE = 8  # of the squares of queries and keys of the disk's Gluon kernel
+
+
+@functools.lru_cache(maxsize=64)
+def _square_words(radius_sq: int, groups: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """Of each tile of :func:`disk_stencil`: a number that says who needs it, and what each query sees of it.
+
+    Numbers hold the tile's index, and in bit 16 + c whether warpgroup c sees any key. Words (tiles, warpgroups, 64)
+    of 64 bits; keys and queries are counted row by row.
+    """
+    offsets, _ = disk_stencil(radius_sq, (SIDE * groups[0], SIDE * groups[1]), (SIDE, SIDE))
+    part = SIDE * np.stack(np.divmod(np.arange(groups[0] * groups[1]), groups[1]), 1)
+    apart = np.arange(SIDE) - np.arange(SIDE)[:, None]  # (query, key)
+    y, x = ((offsets[:, None, None, None, i] + apart - part[None, :, None, None, i]) ** 2 for i in (0, 1))
+    seen = y[:, :, :, None, :, None] + x[:, :, None, :, None, :] < radius_sq  # tiles, warpgroups, query y x, key y x
+    words = np.packbits(seen.reshape(*seen.shape[:2], SIDE**2, SIDE**2), axis=-1, bitorder="little")
+    words = np.ascontiguousarray(words.view(np.int64)[..., 0])
+    needs = (words.any(2) << np.arange(16, 16 + len(part))).sum(1)
+    return np.arange(len(offsets)) | needs, words
+
+
+@functools.lru_cache(maxsize=64)
+def disk_words(radius_sq: int, grid: Grid, groups: Tile) -> tuple[np.ndarray, int, np.ndarray, int]:
+    """For the Gluon kernel, whose tiles are `groups` (y, x) of 8 x 8 queries, and 8 x 8 keys.
+
+    Returns a disk's table, followed by a number for each of its visits; how many visits these are; words, as
+    :func:`_square_words` has them; and the table's number of column classes.
+    """
+    own, other = (SIDE * groups[0], SIDE * groups[1]), (SIDE, SIDE)
+    table, classes_x = disk_table(radius_sq, grid, own, other)
+    numbers, words = _square_words(radius_sq, groups)
+    tiles = sum(-(-n // o) for n, o in zip(grid, own, strict=True))
+    entries = len(table) - int(table[tiles])  # the first class begins right behind all heads
+    packed = _pack(disk_stencil(radius_sq, own, other)[0])
+    order = np.argsort(packed)
+    found = order[np.searchsorted(packed, table[-entries:], sorter=order)]
+    return np.concatenate([table, numbers[found].astype(np.int32)]), entries, words, classes_x
+
+
 def _tiles_of_axis(axis: Axis, own: int, other: int, keys_own: bool) -> tuple[np.ndarray, np.ndarray]:
     """(own tiles, other tiles): whether any pair, and whether every pair of an existing owner, is visible."""
     mask = axis.mask().T if keys_own else axis.mask()
