@@ -14,7 +14,6 @@ from visionattn.training.config import UserError
 from visionattn.training.graph import data as graph_data
 from visionattn.training.graph.__main__ import main
 from visionattn.training.graph.data import (
-    GraphSet,
     gather_batch,
     generate,
     load_folder,
@@ -254,13 +253,13 @@ def test_arpack_eigenvectors():
     assert torch.equal(arpack_laplacian_eigenvectors(*few, 3, 5), laplacian_eigenvectors(*few, 3, 5)[0])
 
 
-def test_parts_join():
-    """What several processes make in parts is what one makes."""
-    whole = generate("cluster", 5, (5, 2, 1), k=3)["train"]
-    parts = [graph_data._part("cluster", 5, (5, 2, 1), 3, "exact", 0, *place) for place in ((0, 2), (2, 3), (3, 5))]
-    joined = graph_data._joined([GraphSet(**{k: torch.from_numpy(v) for k, v in part.items()}) for part in parts])
-    for name, value in vars(whole).items():
-        assert torch.equal(value, getattr(joined, name)) and value.dtype == getattr(joined, name).dtype, name
+def test_processes_make_what_threads_make():
+    whole = generate("cluster", 5, (7, 3, 1), k=3, eigenvectors="arpack")
+    shared = generate("cluster", 5, (7, 3, 1), k=3, eigenvectors="arpack", processes=2)
+    for split, graphs in whole.items():
+        for name, value in vars(graphs).items():
+            other = getattr(shared[split], name)
+            assert torch.equal(value, other) and value.dtype == other.dtype, (split, name)
 
 
 def test_schedule_and_end(small, monkeypatch):

@@ -54,11 +54,12 @@ def arpack_laplacian_eigenvectors(
         ImportError: where SciPy is not installed.
     """
     try:
+        from scipy.sparse import csr_array
         from scipy.sparse.linalg import ArpackNoConvergence, eigs
     except ImportError as e:
         raise ImportError(f"ARPACK's eigenvectors need SciPy ({e}): pip install -e '.[graph]'") from e
     if num_nodes >= k + 3:
-        laplacian = normalised_laplacian(src, dst, num_nodes).numpy()
+        laplacian = csr_array(normalised_laplacian(src, dst, num_nodes).numpy())  # dense products would start threads
         start = np.random.default_rng(num_nodes).uniform(-1, 1, num_nodes)
         try:
             values, vectors = eigs(laplacian, k=k + 1, which="SR", tol=tol, v0=start)

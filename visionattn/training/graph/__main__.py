@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     if len({Path(cfg.output).resolve() for cfg in configs}) < len(configs):
         raise UserError("two runs have the same output: give each --run options of its own.")
     loaded: dict[tuple, dict] = {}
-    trainers = [_trainer(cfg, loaded, args.restart) for cfg in configs]
+    for cfg in configs:  # all of them before the first net: they are drawn in forked processes
+        _load(cfg, loaded)
+    trainers = [_trainer(cfg, loaded[_graphs_of(cfg)], args.restart) for cfg in configs]
     print(f"data and nets: {time.perf_counter() - begin:.1f} s", flush=True)
     left = max(1.0, args.max_seconds - (time.perf_counter() - begin)) if args.max_seconds else 0.0
     names = [f"{Path(cfg.output).name}: " if args.run else "" for cfg in configs]
@@ -112,25 +114,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trainer(cfg: TrainConfig, loaded: dict[tuple, dict], restart: bool) -> GraphTrainer:
-    """A trainer with its graphs, where its checkpoint is; graphs in ``loaded`` serve several."""
-    k, folder = cfg.net.get("pos_enc_dim"), Path(cfg.output)
-    key = (cfg.dataset, cfg.data_dir, cfg.data_seed, str(cfg.sizes), k, cfg.eigenvectors)
-    if key not in loaded:
-        start = time.perf_counter()
-        if cfg.data_dir:
-            loaded[key] = load_folder(cfg.dataset, cfg.data_dir, k or 2, cfg.eigenvectors)
-        else:
-            large = cfg.sizes is None or sum(cfg.sizes) >= ENOUGH_FOR_PROCESSES
-            processes = (os.cpu_count() or 1) if large else 0
-            loaded[key] = load_or_generate(
-                cfg.dataset, cfg.data_seed, cfg.cache, cfg.sizes, k, cfg.eigenvectors, processes
-            )
-        for split in SPLITS:
-            print(split, " ".join(f"{name}={v:.1f}" for name, v in statistics(loaded[key][split]).items()))
-        print(f"graphs: {time.perf_counter() - start:.1f} s", flush=True)
-    trainer = GraphTrainer(cfg, loaded[key])
-    checkpoint = folder / "checkpoint.pt"
+def _graphs_of(cfg: TrainConfig) -> tuple:
+    """What tells two sets of graphs apart."""
+    return cfg.dataset, cfg.data_dir, cfg.data_seed, str(cfg.sizes), cfg.net.get("pos_enc_dim"), cfg.eigenvectors
+
+
+def _load(cfg: TrainConfig, loaded: dict[tuple, dict]) -> None:
+    """Puts a run's graphs into ``loaded``, where they serve the other runs as well."""
+    if _graphs_of(cfg) in loaded:
+        return
+    start, k = time.perf_counter(), cfg.net.get("pos_enc_dim")
+    if cfg.data_dir:
+        data = load_folder(cfg.dataset, cfg.data_dir, k or 2, cfg.eigenvectors)
+    else:
+        large = cfg.sizes is None or sum(cfg.sizes) >= ENOUGH_FOR_PROCESSES
+        processes = min(len(os.sched_getaffinity(0)), 16) if large and sys.platform == "linux" else 0
+        data = load_or_generate(cfg.dataset, cfg.data_seed, cfg.cache, cfg.sizes, k, cfg.eigenvectors, processes)
+    for split in SPLITS:
+        print(split, " ".join(f"{name}={v:.1f}" for name, v in statistics(data[split]).items()))
+    print(f"graphs: {time.perf_counter() - start:.1f} s", flush=True)
+    loaded[_graphs_of(cfg)] = data
+
+
+def _trainer(cfg: TrainConfig, data: dict, restart: bool) -> GraphTrainer:
+    """A trainer, where its checkpoint is."""
+    trainer = GraphTrainer(cfg, data)
+    checkpoint = Path(cfg.output) / "checkpoint.pt"
     if checkpoint.is_file() and not restart:
         trainer.load(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
         print(f"goes on after epoch {trainer.epoch} of {checkpoint}")

@@ -5,11 +5,11 @@ its code, as the graph transformer's paper uses them). They are other draws than
 distributions.
 """
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -196,8 +196,11 @@ def pack(graphs: list[tuple], k: int, threads: int = 0, eigenvectors: str = "exa
     inner = torch.get_num_threads()
     torch.set_num_threads(1)  # small problems: threads go to graphs instead
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(one, graphs))
+        if threads == 1:
+            parts = [one(graph) for graph in graphs]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                parts = list(pool.map(one, graphs))
     finally:
         torch.set_num_threads(inner)
     feature, label, neighbour, degree, encoding = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -225,22 +228,6 @@ def _part(name: str, seed: int, sizes: tuple, k: int, eigenvectors: str, split: 
     return {key: value.numpy() for key, value in vars(pack(graphs, k, 1, eigenvectors)).items()}
 
 
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes that start meanwhile compute with one thread: linear algebra libraries read these when they load."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def generate(
     name: str,
     seed: int = 41,
@@ -259,8 +246,7 @@ def generate(
         sizes: graphs of train, val and test; the published numbers by default.
         k: eigenvectors, 2 (PATTERN) or 10 (CLUSTER) by default.
         eigenvectors: ``'exact'`` or ``'arpack'``, see :func:`pack`.
-        processes: spawned, to share the work; 0 takes threads instead. A script that asks for some has to keep its own
-            work under ``if __name__ == "__main__"``.
+        processes: forked, to share the work; 0 takes threads instead, which wait for Python's lock half of the time.
     """
     if name not in SIZES:
         raise UserError(f"dataset={name!r} is unknown: use {' or '.join(SIZES)}.")
@@ -273,7 +259,8 @@ def generate(
         return {split: pack(made, k, threads, eigenvectors) for split, made in zip(SPLITS, makers, strict=True)}
     step = -(-sum(sizes) // (4 * processes))
     work = [(i, first, min(first + step, n)) for i, n in enumerate(sizes) for first in range(0, n, step)]
-    with _one_thread_each(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with warnings.catch_warnings(), ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: these touch no lock of theirs
         made = [pool.submit(_part, name, seed, sizes, k, eigenvectors, *place) for place in work]
         parts = [GraphSet(**{key: torch.from_numpy(value) for key, value in m.result().items()}) for m in made]
     of = [[part for part, (i, _, _) in zip(parts, work, strict=True) if i == split] for split in range(len(SPLITS))]
