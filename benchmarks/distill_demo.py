@@ -62,7 +62,7 @@ class Size:
     teacher_steps: int  # at most, as far as the time allows
     distil_batch: int
     distil_steps: int  # likewise
-    radius: int
+    radii: tuple[int, ...]
     evaluated: int  # pictures for the loss to the teacher
     generated: int  # pictures for the Frechet distance
     sample_steps: int
@@ -88,10 +88,10 @@ class Size:
 # without the flow-matching loss: it would pull the student off a young teacher
 RECIPE = dict(flow_weight=0.0, output_weight=1.0, attention_weight=0.2)
 SIZES = {
-    # radius 8 of 32 tokens is CLEAR's 16 of 64
-    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, 8, 1024, 1024, 20, distil_lr=1e-3, **RECIPE),
-    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, 4, 128, 128, 12, distil_lr=3e-3, **RECIPE),
-    "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, 2, 4, 8, 2),
+    # radius 8 of 32 tokens is CLEAR's 16 of 64 at 1024 px, 4 is its 8
+    "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, (8, 4), 1024, 1024, 20, distil_lr=1e-3, **RECIPE),
+    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, (4,), 128, 128, 12, distil_lr=3e-3, **RECIPE),
+    "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, (3, 2), 4, 8, 2),
 }
 
 
@@ -271,13 +271,13 @@ def train_teacher(
     average.save_pretrained(work / "model" / "transformer")
 
 
-def distil(size: Size, work: Path, device: torch.device, until: float) -> Path:
-    """The package's own run, to end about ``until`` (monotonic); returns the file in CLEAR's layout."""
-    run, plan = work / "run", work / "updates.txt"
+def distil(size: Size, radius: int, work: Path, device: torch.device, until: float) -> tuple[Path, int]:
+    """The package's own run, to end about ``until`` (monotonic); returns the file in CLEAR's layout and the updates."""
+    run, plan = work / f"run-{radius}", work / f"updates-{radius}.txt"
 
     def config(steps: int):
         return make(dict(
-            model=str(work / "model"), cache=str(work / "cache"), output=str(run), radius=size.radius,
+            model=str(work / "model"), cache=str(work / "cache"), output=str(run), radius=radius,
             downsample=size.downsample, batch_size=size.distil_batch, steps=steps, lr=size.distil_lr,
             flow_weight=size.flow_weight, output_weight=size.output_weight, attention_weight=size.attention_weight,
             warmup_steps=min(size.warmup, steps), decay_steps=steps // 2, device=str(device),
@@ -301,13 +301,13 @@ def distil(size: Size, work: Path, device: torch.device, until: float) -> Path:
         print(f"an update takes {1000 * each:.0f} ms: {plan.read_text()} of them", flush=True)
     cfg = config(int(plan.read_text()))
     if (run / "state.pt").is_file() and torch.load(run / "state.pt", weights_only=True)["step"] == cfg.steps:
-        return run / file_name(cfg)
+        return run / file_name(cfg), cfg.steps
     distiller = Distiller(cfg)
     if (run / "state.pt").is_file():
         distiller.load(run / "state.pt")
     watch = Watch(Sampler(cfg, distiller.cache, device, run), size, device)
     distiller.fit(run, lambda line: print(line, flush=True), watch)
-    return run / file_name(cfg)
+    return run / file_name(cfg), cfg.steps
 
 
 # ---- the table
@@ -386,9 +386,9 @@ class Watch:
 
 
 class Table:
-    """One row a model; the gap is what the untrained disk opens, and "recovered" the share that training closes.
+    """One row a model; the gap is what an untrained disk opens, and "recovered" the share that training closes.
 
-    Written after each row, with the pictures: the first two need no distilled student.
+    Written after each row, with the pictures.
     """
 
     KEYS = ("loss_to_teacher", "flow_loss", "frechet_to_teacher", "frechet_to_pictures")
@@ -403,21 +403,26 @@ class Table:
         label = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         version = torch.__version__.partition("+")[0]
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-        kind = f"{size.name}-r{size.radius}" + (f"-down{size.downsample}" if size.downsample else "")
-        self.stem = out / f"distill_demo-{kind}-{slug}-torch{version}"
+        self.stem = out / f"distill_demo-{size.name}-{slug}-torch{version}"
         self.about = {**dataclasses.asdict(size), "classifier": CLASSIFIER, "device": label,
                       "machine": platform.machine(), "torch": version, "diffusers": diffusers.__version__}  # fmt: skip
-        pattern = Disk(size.radius, size.downsample)
-        pooled = f" and pooled {size.downsample} x {size.downsample}" if size.downsample else ""
-        self.add("dense teacher", None)
-        self.add(f"disk {size.radius}{pooled}, not trained", lambda: sparsify(self.model, pattern))
+        self.about["radii"] = " ".join(map(str, size.radii))
+        self.add("dense teacher", None, None)
 
-    def finish(self, file: Path) -> None:
-        """The last row, of the distilled weights in ``file``."""
-        name = self.rows[1]["model"].replace("not trained", "distilled")
-        self.add(name, lambda: load_clear(self.model, file))
+    def untrained(self, radius: int) -> None:
+        """The row that opens the gap of a radius."""
+        pattern = Disk(radius, self.size.downsample)
+        self.add(f"{self.name(radius)}, not trained", radius, lambda: sparsify(self.model, pattern))
 
-    def add(self, label: str, patch: Callable[[], Any] | None) -> None:
+    def distilled(self, radius: int, file: Path, updates: int) -> None:
+        """The row of the weights in ``file``, after the untrained one."""
+        self.add(f"{self.name(radius)}, distilled", radius, lambda: load_clear(self.model, file), updates)
+
+    def name(self, radius: int) -> str:
+        f = self.size.downsample
+        return f"disk {radius}" + (f" and pooled {f} x {f}" if f else "")
+
+    def add(self, label: str, radius: int | None, patch: Callable[[], Any] | None, updates: int = 0) -> None:
         size, device = self.size, self.device
         begin, handle = time.monotonic(), patch() if patch else None
         found = predictions(self.model, size, device)
@@ -430,21 +435,23 @@ class Table:
         if not self.rows:
             self.teacher, self.dense = found, own
         row = {
-            "model": label, "loss_to_teacher": F.mse_loss(found, self.teacher).item(),
-            "flow_loss": F.mse_loss(found, target).item(), "frechet_to_teacher": frechet(own, self.dense),
+            "model": label, "radius": radius, "updates": updates,
+            "loss_to_teacher": F.mse_loss(found, self.teacher).item(), "flow_loss": F.mse_loss(found, target).item(), "frechet_to_teacher": frechet(own, self.dense),
             "frechet_to_pictures": frechet(own, self.real),
         }  # fmt: skip
         self.rows.append(row)
         self.sheets.append(images[:10] / 2 + 0.5)
-        print(f"{label}: {row}  {time.monotonic() - begin:.0f} s", flush=True)
+        self.seconds = time.monotonic() - begin  # the last row's, with its kernels compiled
+        print(f"{label}: {row}  {self.seconds:.0f} s", flush=True)
         self.write()
 
     def write(self) -> None:
-        if len(self.rows) > 1:
-            for key in self.KEYS:
-                low, high = self.rows[0][key], self.rows[1][key]
-                for row in self.rows:
-                    row[f"recovered_{key}"] = (high - row[key]) / (high - low)
+        gaps = {row["radius"]: row for row in reversed(self.rows[1:])}  # the untrained row is a radius' first
+        for key in self.KEYS:
+            for row in self.rows[1:]:
+                low, high = self.rows[0][key], gaps[row["radius"]][key]
+                row[f"recovered_{key}"] = (high - row[key]) / (high - low)
+            self.rows[0][f"recovered_{key}"] = 1.0
         text = io.StringIO()
         writer = csv.DictWriter(text, [*self.rows[-1], *self.about], lineterminator="\n")
         writer.writeheader()
@@ -455,14 +462,12 @@ class Table:
         write_grid(Path(f"{self.stem}.png"), torch.stack(self.sheets).clamp(0, 1))
 
     def show(self) -> None:
-        print(
-            "| | loss to the teacher | recovered | Frechet distance to the teacher's | recovered | to made pictures |"
-        )
-        print("|---|---|---|---|---|---|")
+        print("| | updates | loss to the teacher | recovered | Frechet distance to it | recovered | to made pictures |")
+        print("|---|---|---|---|---|---|---|")
         for r in self.rows:
-            print(f"| {r['model']} | {r['loss_to_teacher']:.5f} | {100 * r['recovered_loss_to_teacher']:.1f} % | "
-                  f"{r['frechet_to_teacher']:.3f} | {100 * r['recovered_frechet_to_teacher']:.1f} % | "
-                  f"{r['frechet_to_pictures']:.3f} |")  # fmt: skip
+            loss, distance = (100 * r[f"recovered_{k}"] for k in ("loss_to_teacher", "frechet_to_teacher"))
+            print(f"| {r['model']} | {r['updates']} | {r['loss_to_teacher']:.5f} | {loss:.1f} % | "
+                  f"{r['frechet_to_teacher']:.3f} | {distance:.1f} % | {r['frechet_to_pictures']:.3f} |")  # fmt: skip
 
 
 def main() -> None:
@@ -476,9 +481,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("flow-weight", "output-weight", "attention-weight", "distil-lr", "lr"):
         parser.add_argument(f"--{name}", type=float, help="instead of the size's own")
-    for name in ("radius", "downsample", "teacher-batch", "distil-batch"):
+    parser.add_argument("--radii", type=int, nargs="+", help="one distillation each; default: the size's own")
+    for name in ("downsample", "teacher-batch", "distil-batch"):
         parser.add_argument(f"--{name}", type=int, help="instead of the size's own")
-    parser.add_argument("--teacher-share", type=float, default=0.35, help="of --seconds, for the dense teacher")
+    parser.add_argument("--teacher-share", type=float, default=0.28, help="of --seconds, for the dense teacher")
     parser.add_argument(
         "--sdpa", choices=["flash", "efficient"], default="flash", help="PyTorch's attention on a GPU: if one fails"
     )
@@ -487,7 +493,7 @@ def main() -> None:
     work = args.work or Path("runs") / f"distill_demo-{args.size}"
     work.mkdir(parents=True, exist_ok=True)
     for name in (
-        "flow_weight", "output_weight", "attention_weight", "distil_lr", "lr", "radius", "downsample", "teacher_batch",
+        "flow_weight", "output_weight", "attention_weight", "distil_lr", "lr", "downsample", "teacher_batch",
         "distil_batch",
     ):  # fmt: skip
         if getattr(args, name) is not None:
@@ -504,8 +510,14 @@ def main() -> None:
     train_teacher(size, work, images, labels, device, args.teacher_share * args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
     table = Table(size, work, args.out, net, device)
-    file = distil(size, work, device, max(begin + 0.92 * args.seconds, time.monotonic() + 0.3 * args.seconds))
-    table.finish(file)
+    radii = list(args.radii or size.radii)
+    for radius in radii:
+        table.untrained(radius)
+    end = begin + 0.95 * args.seconds - table.seconds * len(radii)
+    for i, radius in enumerate(radii):
+        share = max((end - time.monotonic()) / (len(radii) - i), 0.15 * args.seconds)
+        file, updates = distil(size, radius, work, device, time.monotonic() + share)
+        table.distilled(radius, file, updates)
     table.show()
     print(f"written to {table.stem}.csv and .png; {time.monotonic() - begin:.0f} s")
 

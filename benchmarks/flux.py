@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a narrow network of three blocks: that the script runs")
     parser.add_argument("--keep", action="store_true", help="the table's rows stay, and are not measured again")
+    parser.add_argument("--again", nargs="+", default=[], help="rows that are measured anew even so")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -306,7 +307,7 @@ def main() -> None:
     blocks, calls = Blocks(model, args.device), {}
     args.nothing = dispatch.add_backend(stub)
     for size, row, mode in jobs(sizes, args.rows, args.compile):
-        if table.ms(size, row, mode):
+        if table.ms(size, row, mode) and row not in args.again:
             continue
         if time.time() - started > args.seconds:
             print(f"{size} px {row} {mode}: left out, the time is up", flush=True)
