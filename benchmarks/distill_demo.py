@@ -436,8 +436,8 @@ class Table:
             self.teacher, self.dense = found, own
         row = {
             "model": label, "radius": radius, "updates": updates,
-            "loss_to_teacher": F.mse_loss(found, self.teacher).item(), "flow_loss": F.mse_loss(found, target).item(), "frechet_to_teacher": frechet(own, self.dense),
-            "frechet_to_pictures": frechet(own, self.real),
+            "loss_to_teacher": F.mse_loss(found, self.teacher).item(), "flow_loss": F.mse_loss(found, target).item(),
+            "frechet_to_teacher": frechet(own, self.dense), "frechet_to_pictures": frechet(own, self.real),
         }  # fmt: skip
         self.rows.append(row)
         self.sheets.append(images[:10] / 2 + 0.5)
