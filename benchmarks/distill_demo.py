@@ -297,7 +297,8 @@ def distil(size: Size, radius: int, work: Path, device: torch.device, until: flo
         if device.type == "cuda":
             torch.cuda.synchronize()
         each = (time.monotonic() - begin) / 10
-        plan.write_text(str(max(3, min(size.distil_steps, int((until - time.monotonic()) / each)))))
+        steps = int(0.92 * (until - time.monotonic()) / each)  # the rest is for the looks on the way
+        plan.write_text(str(max(3, min(size.distil_steps, steps))))
         print(f"an update takes {1000 * each:.0f} ms: {plan.read_text()} of them", flush=True)
     cfg = config(int(plan.read_text()))
     if (run / "state.pt").is_file() and torch.load(run / "state.pt", weights_only=True)["step"] == cfg.steps:
