@@ -62,7 +62,7 @@ def compile_forward(setting, text: bool, dim=128):
 def compile_disk(setting, dim=128):
     constants = dict(
         QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages, D=dim, QREG=setting.in_registers,
-        LAZY=setting.lazy, REGISTERS=setting.registers,
+        LAZY=setting.lazy, TOGETHER=setting.together, REGISTERS=setting.registers,
     )  # fmt: skip
     blocks = dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), (1, 8, 8, 1, dim))
     blocks |= dict.fromkeys(("kt_desc", "vt_desc"), (1, 64, 1, dim))

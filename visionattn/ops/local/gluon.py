@@ -45,12 +45,14 @@ class Setting:
 @dataclass(frozen=True)
 class DiskSetting:
     """A variant of the disk's kernel: warpgroups (y, x) of 8 x 8 queries that share loads; whether their queries stay
-    in registers; whether the maximum of a row may lag (kernels_disk.softmax); programs of a multiprocessor."""
+    in registers; whether the maximum of a row may lag (kernels_disk.softmax); whether keys are given back with the
+    values; programs of a multiprocessor."""
 
     groups: tuple[int, int] = (1, 2)
     stages: int = 6
     in_registers: bool = True
     lazy: bool = True
+    together: bool = False
     registers: tuple[int, int] = (240, 24)
     cap: int = 168
     programs: int = 1
@@ -232,8 +234,8 @@ def disk_forward(p: fused.Plan, q, k, v, out, lse, setting: DiskSetting) -> None
     kernels_disk.disk_forward[(min(tiles, setting.programs * _processors(p.device)),)](
         *grids[:3], *runs, grids[3], lse, table, words, *p.grid, p.heads, tiles_y, tiles_x, p.text, p.group, classes,
         entries, tiles, p.N, p.first, p.qk_scale, QY=setting.groups[0], QX=setting.groups[1], STAGES=setting.stages,
-        D=p.D, QREG=setting.in_registers, LAZY=setting.lazy, REGISTERS=setting.registers, num_warps=4,
-        maxnreg=setting.cap,
+        D=p.D, QREG=setting.in_registers, LAZY=setting.lazy, TOGETHER=setting.together,
+        REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def scaled(acc, rescale, LAZY: gl.constexpr):
 
 @gluon.jit
 def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale, STAGES: gl.constexpr,
-         LAZY: gl.constexpr):  # fmt: skip
+         LAZY: gl.constexpr, TOGETHER: gl.constexpr):  # fmt: skip
     """Visits a tile: its logits, and meanwhile the product of p and the values of the tile before.
 
     ring, held: which loads these two tiles are, counted since the program began.
@@ -147,12 +147,14 @@ def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale
     p, acc, row_max, row_sum = state
     slot, phase = ring % STAGES, ring // STAGES & 1
     old_slot = held % STAGES
+    mma_s: gl.constexpr = row_max.type.layout.parent
     mbarrier.wait(k_full.index(slot), phase)
-    zero = gl.zeros([M, N], gl.float32, row_max.type.layout.parent)
+    zero = gl.zeros([M, N], gl.float32, mma_s)
     s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, v_bufs.index(old_slot), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_empty.index(slot))
+    if not TOGETHER:
+        mbarrier.arrive(k_empty.index(slot))
     if MASKED:
         s = hide(s, words)
     new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, LAZY)
@@ -166,12 +168,13 @@ def step(ring, held, words, MASKED: gl.constexpr, q, bufs, bars, state, qk_scale
 
 
 @gluon.jit
-def pass_over(ring, bars, STAGES: gl.constexpr):
+def pass_over(ring, bars, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
     """Gives a tile back unread, once its values are there: they are loaded after its keys."""
     k_full, v_full, k_empty, v_empty = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
     mbarrier.wait(v_full.index(slot), phase)
-    mbarrier.arrive(k_empty.index(slot))
+    if not TOGETHER:
+        mbarrier.arrive(k_empty.index(slot))
     mbarrier.arrive(v_empty.index(slot))
 
 
@@ -183,6 +186,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
     QX: gl.constexpr = CONST[2]
     QREG: gl.constexpr = CONST[3]
     LAZY: gl.constexpr = CONST[4]
+    TOGETHER: gl.constexpr = CONST[5]
     GROUPS: gl.constexpr = QY * QX
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
@@ -221,7 +225,8 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
         zero = gl.zeros([M, N], gl.float32, mma_s)
         s = warpgroup_mma(q, k_bufs.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(slot))
+        if not TOGETHER:
+            mbarrier.arrive(k_empty.index(slot))
         s = hide(s, words)
         row_max = gl.full([M], -1e30, gl.float32, row)
         row_sum = gl.zeros([M], gl.float32, row)
@@ -239,16 +244,38 @@ def consume(WHICH: gl.constexpr, bufs, bars, q_bars, q_bufs, outs, numbers, CONS
             if ((number >> (16 + WHICH)) & 1) | (ring - held >= STAGES - 1):
                 words = words_of(bits, number, own_y + dy, own_x + dx, sizes, WHICH, GROUPS, row)
                 p, acc, row_max, row_sum = step(
-                    ring, held, words, True, q, bufs, bars, (p, acc, row_max, row_sum), qk_scale, STAGES, LAZY
+                    ring,
+                    held,
+                    words,
+                    True,
+                    q,
+                    bufs,
+                    bars,
+                    (p, acc, row_max, row_sum),
+                    qk_scale,
+                    STAGES,
+                    LAZY,
+                    TOGETHER,
                 )
                 held = ring
             else:
-                pass_over(ring, bars, STAGES)
+                pass_over(ring, bars, STAGES, TOGETHER)
             ring += 1
             dy, dx, number = next_dy, next_dx, next_number
         for i in range(0, whole):
             p, acc, row_max, row_sum = step(
-                ring, held, (0,), False, q, bufs, bars, (p, acc, row_max, row_sum), qk_scale, STAGES, LAZY
+                ring,
+                held,
+                (0,),
+                False,
+                q,
+                bufs,
+                bars,
+                (p, acc, row_max, row_sum),
+                qk_scale,
+                STAGES,
+                LAZY,
+                TOGETHER,
             )
             held = ring
             ring += 1
@@ -290,17 +317,21 @@ def load_grid(desc, y, x, batch, head, bar, buf):
 
 
 @gluon.jit
-def load_text(token, ring, batch, kv_head, bufs, bars, descs, STAGES: gl.constexpr):
+def load_text(token, ring, batch, kv_head, bufs, bars, descs, STAGES: gl.constexpr, TOGETHER: gl.constexpr):
     """N keys and values of the text, from `token` on."""
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
     kt_desc, vt_desc = descs
     slot, phase = ring % STAGES, ring // STAGES & 1
-    mbarrier.wait(k_empty.index(slot), phase ^ 1)
+    if not TOGETHER:
+        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+    else:
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
     mbarrier.expect(k_full.index(slot), N * k_bufs.shape[2] * 2)
     at = [batch, token, kv_head, 0]
     tma.async_copy_global_to_shared(kt_desc, at, k_full.index(slot), _as(k_bufs.index(slot), kt_desc))
-    mbarrier.wait(v_empty.index(slot), phase ^ 1)
+    if not TOGETHER:
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
     mbarrier.expect(v_full.index(slot), N * k_bufs.shape[2] * 2)
     tma.async_copy_global_to_shared(vt_desc, at, v_full.index(slot), _as(v_bufs.index(slot), vt_desc))
 
@@ -311,6 +342,7 @@ def produce(bufs, bars, q_bars, q_bufs, descs, numbers, CONST: gl.constexpr):
     STAGES: gl.constexpr = CONST[0]
     QY: gl.constexpr = CONST[1]
     QX: gl.constexpr = CONST[2]
+    TOGETHER: gl.constexpr = CONST[5]
     k_bufs, v_bufs = bufs
     k_full, v_full, k_empty, v_empty = bars
     q_full, q_empty = q_bars
@@ -331,21 +363,25 @@ def produce(bufs, bars, q_bars, q_bufs, descs, numbers, CONST: gl.constexpr):
             load_grid(q_desc, y, x, batch, head, q_full.index(c), q_bufs.index(c))
         whole = text // N
         if text % N > 0:
-            load_text(whole * N, ring, batch, kv_head, bufs, bars, runs, STAGES)
+            load_text(whole * N, ring, batch, kv_head, bufs, bars, runs, STAGES, TOGETHER)
             ring += 1
         last = stop - 1
         dy, dx, number = visit(table, begin, entries)
         for i in range(begin, stop):
             next_dy, next_dx, number = visit(table, gl.minimum(i + 1, last), entries)
             slot, phase = ring % STAGES, ring // STAGES & 1
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            if not TOGETHER:
+                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            else:
+                mbarrier.wait(v_empty.index(slot), phase ^ 1)
             load_grid(k_desc, own_y + dy, own_x + dx, batch, kv_head, k_full.index(slot), k_bufs.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            if not TOGETHER:
+                mbarrier.wait(v_empty.index(slot), phase ^ 1)
             load_grid(v_desc, own_y + dy, own_x + dx, batch, kv_head, v_full.index(slot), v_bufs.index(slot))
             ring += 1
             dy, dx = next_dy, next_dx
         for i in range(0, whole):
-            load_text(i * N, ring, batch, kv_head, bufs, bars, runs, STAGES)
+            load_text(i * N, ring, batch, kv_head, bufs, bars, runs, STAGES, TOGETHER)
             ring += 1
         done += 1
 
@@ -360,11 +396,12 @@ def disk_forward(
     q_desc, k_desc, v_desc, kt_desc, vt_desc, o_desc, lse_ptr, table, bits,
     H, W, heads, tiles_y, tiles_x, text, group, classes_x, entries, tiles, length, first, qk_scale,
     QY: gl.constexpr, QX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, QREG: gl.constexpr,
-    LAZY: gl.constexpr, REGISTERS: gl.constexpr,
+    LAZY: gl.constexpr, TOGETHER: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a grid over text and disks. QY x QX warpgroups of 8 x 8 queries share the loads of keys and values.
 
-    QREG: queries are read into registers once. REGISTERS: of the consumers' threads, and the loading warp's.
+    QREG: queries are read into registers once. LAZY: see softmax. TOGETHER: keys are given back with the values, which
+    saves barriers. REGISTERS: of the consumers' threads, and the loading warp's.
     """
     GROUPS: gl.constexpr = QY * QX
     dtype: gl.constexpr = q_desc.dtype
@@ -395,7 +432,7 @@ def disk_forward(
     numbers = (sizes, text, group, classes_x, entries, table, bits, qk_scale)
     descs = (q_desc, k_desc, v_desc, kt_desc, vt_desc)
     outs = (o_desc, lse_ptr, length, first)
-    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY)
+    CONST: gl.constexpr = (STAGES, QY, QX, QREG, LAZY, TOGETHER)
     if GROUPS == 1:
         gl.warp_specialize(
             [
