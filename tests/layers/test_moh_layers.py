@@ -252,3 +252,41 @@ def test_every_fixture_is_used():
         f"{p.parent.name}/{p.stem}" for p in FIXTURES.glob("moh_*/*.json") if "outputs" in json.loads(p.read_text())
     }
     assert present == used
+
+
+def test_merged_projections():
+    """Queries, keys, values and the pooled map by one product, and by their modules where these have hooks."""
+    torch.manual_seed(0)
+    module = AggregatedAttention(16, 4, num_heads=2, sr_ratio=2, shared_head=1, routed_head=1).eval()
+    x = torch.randn(2, 16, 16)
+    with torch.no_grad():
+        merged = module(x)
+        assert any(key[0] == "merged" for key in module._entries)
+        seen = []
+        handle = module.kv.register_forward_hook(lambda *args: seen.append(args))
+        apart = module(x)
+        assert len(seen) == 2  # of the tokens and of the pooled map
+        handle.remove()
+        torch.testing.assert_close(merged, apart)
+        module.kv.weight.mul_(2.0)
+        assert not torch.allclose(module(x), merged)
+    module(x).square().sum().backward()
+    grads = [p.grad.clone() for p in (module.q.weight, module.kv.weight, module.kv.bias, module.sr.weight)]
+    module.zero_grad()
+    module.q.register_forward_hook(lambda *args: None)
+    module(x).square().sum().backward()
+    for grad, p in zip(grads, (module.q.weight, module.kv.weight, module.kv.bias, module.sr.weight), strict=True):
+        torch.testing.assert_close(grad, p.grad)
+
+
+def test_nothing_is_kept_of_programs():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = AggregatedAttention(16, 4, num_heads=2, sr_ratio=2).eval()
+    x = torch.randn(2, 16, 16)
+    with torch.no_grad():
+        make_fx(module, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        for values in (*module._entries.values(), *module._constants.values()):
+            tensors = values[2] if isinstance(values[0], tuple) and len(values) == 3 else values
+            assert all(type(t) is torch.Tensor for t in (tensors if isinstance(tensors, tuple) else (tensors,)))
+        assert module(x).isfinite().all()

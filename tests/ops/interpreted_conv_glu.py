@@ -1,4 +1,4 @@
-"""The Triton kernels of the convolutional GLU, interpreted on a CPU. test_conv_glu.py runs this file with
+"""The Triton kernels of the convolutional GLU, interpreted on a CPU. test_transnext_kernels.py runs this file with
 TRITON_INTERPRET=1."""
 
 import os

@@ -1,5 +1,5 @@
-"""The Triton kernels of mixture-of-head attention's gates, interpreted on a CPU. test_conv_glu.py runs this file with
-TRITON_INTERPRET=1."""
+"""The Triton kernels of mixture-of-head attention's gates, interpreted on a CPU. test_transnext_kernels.py runs this
+file with TRITON_INTERPRET=1."""
 
 import os
 

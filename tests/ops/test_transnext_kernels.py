@@ -40,7 +40,7 @@ def test_interpreted():
     """Files of this folder, where Triton is imported as an interpreter."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    paths = [str(HERE / f"interpreted_{name}.py") for name in ("conv_glu", "gates", "norm")]
+    paths = [str(HERE / f"interpreted_{name}.py") for name in ("conv_glu", "gates", "norm", "transnext")]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *paths], env=env, cwd=HERE.parents[1], capture_output=True, text=True)
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
