@@ -12,10 +12,11 @@ model = dict(
         mask_roi_extractor=dict(out_channels=64),
         mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=13),
     ),
+    # regions are matched on the CPU: on a GPU every picture would wait for dozens of answers
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=128)),
+        rpn=dict(assigner=dict(gpu_assign_thr=0.5), sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(assigner=dict(gpu_assign_thr=0.5), sampler=dict(num=64)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100), rcnn=dict(max_per_img=50)),
 )

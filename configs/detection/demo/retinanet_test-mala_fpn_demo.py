@@ -14,4 +14,6 @@ model = dict(
         norm_cfg=dict(type="GN", num_groups=8),
         anchor_generator=dict(octave_base_scale=3, strides=[8, 16, 32]),
     ),
+    # anchors are matched on the CPU: on a GPU every picture would wait for dozens of answers
+    train_cfg=dict(assigner=dict(gpu_assign_thr=0.5)),
 )
