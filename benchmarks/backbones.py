@@ -245,6 +245,7 @@ def measure_in_processes(group: list[tuple], args, device: str, about: dict, dea
         process.start()
         theirs.close()
         running.append((case, process, ours))
+    costs = {case[0]: round(gmacs(case[0], case[3]), 3) for case in group}
     try:
         ready = []
         for case, process, pipe in running:
@@ -256,7 +257,9 @@ def measure_in_processes(group: list[tuple], args, device: str, about: dict, dea
                 print(f"{case[0]}: {answer['note']}", flush=True)
             else:
                 ready.append((case, pipe))
-        print(f"{len(ready)} of {len(running)} models are ready, turns begin", flush=True)
+        print(f"{len(ready)} of {len(running)} models are ready", flush=True)
+        while args.gate and not args.gate.exists():
+            time.sleep(0.2)
         for _ in range(args.rounds):
             for turn in list(ready):
                 case, pipe = turn
@@ -267,7 +270,7 @@ def measure_in_processes(group: list[tuple], args, device: str, about: dict, dea
                     ready.remove(turn)
         for case, pipe in ready:
             pipe.send("result")
-            rows.append(dict(pipe.recv(), GMACs=round(gmacs(case[0], case[3]), 3), **about))
+            rows.append(dict(pipe.recv(), GMACs=costs[case[0]], **about))
     finally:
         for _, process, _ in running:
             process.kill()
@@ -332,6 +335,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further model after this time")
     parser.add_argument("--workers", type=int, default=0, help="a process for each model, so many build at a time")
+    parser.add_argument(
+        "--gate", type=Path, help="with --workers: no turn before this file is there (other work is over)"
+    )
     parser.add_argument("--out", type=Path, help="CSV file; the picture lies beside it")
     args = parser.parse_args()
 
