@@ -1,4 +1,4 @@
-"""Launches the Gluon kernels of kernels_hopper.py: the forward pass on GPUs of compute capability 9.0."""
+"""Launches the Gluon kernels (kernels_hopper.py, kernels_disk.py): the forward pass on GPUs of compute capability 9.0."""
 
 import functools
 import math
@@ -97,6 +97,7 @@ def _missing() -> str | None:
 WINDOW = Setting(pingpong=True)
 VIDEO = Setting(query=(2, 8, 8), key=(2, 8, 8), part=(1, 8, 8))
 DISK = DiskSetting()
+RADIUS = 32  # disks up to here take it; larger ones were not timed, and have more tiles without masks
 # The least share of visited tiles that need no mask: window 80 of stride 1 (0.64) was 1.14 times as fast as with
 # Triton's kernel, window 48 (0.42) 0.91 times, and disks, with many masks, were slower too.
 FULL = 0.6
@@ -110,8 +111,8 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
     """What the grid's rows run with, or None for the Triton kernel.
 
     which: ``'auto'`` takes Gluon where it was measured to be faster: windows of heads of 128 channels most of whose
-    tiles need no mask, as those whose stride is a multiple of the tile or that are large, enough of them to fill the
-    GPU, and a version of triton they ran with; ``'triton'`` never; ``'gluon'`` for windows wherever it can run.
+    tiles need no mask, as those whose stride is a multiple of the tile or that are large, and disks, enough of them to
+    fill the GPU, and a version of triton they ran with; ``'triton'`` never; ``'gluon'`` wherever it can run.
     """
     if which == "triton" or (which == "auto" and failed):
         return None
@@ -122,7 +123,7 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
     if isinstance(pattern, Disk):
         queries = math.prod(tables.SIDE * g for g in DISK.groups)
         fills = math.prod(grid) * q.shape[0] * q.shape[2] >= queries * _processors(q.device)
-        measured = q.shape[-1] == 128 and pattern.radius <= 32 and triton.__version__.startswith(MEASURED)
+        measured = q.shape[-1] == 128 and pattern.radius <= RADIUS and triton.__version__.startswith(MEASURED)
         return DISK if which == "gluon" or (measured and fills) else None
     setting = VIDEO if fused.boxes(pattern, grid).three else WINDOW
     if which == "gluon":

@@ -16,6 +16,8 @@ from .patterns import Disk, Neighborhood
 OTHERS = {"dense": 600.0, "flex": 290.0, "masked sdpa": 100.0, "natten": 530.0, "natten, masked": 310.0}
 # Least share of visited tiles without masks for which the Gluon kernel is faster (gluon.FULL)
 GLUON_FULL = 0.6
+# Largest disk that the Gluon kernel is taken for
+GLUON_RADIUS = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ GRID = {
     "triton, 3-D": Kernel("triton", 475, 400, 0.07, _VIDEO),
     "triton, 1-D": Kernel("triton", 469, 400, 0.07),
     "triton, disk": Kernel("triton", 460, 345, 0.07, _DISK),
+    "gluon, disk": Kernel("gluon", 462, 462, 0.07, _DISK),
 }
 # 512 rows of text on 4,608 to 262,656 keys
 TEXT = {"cudnn": Kernel("cudnn", 510, 510, 0.02), "triton": Kernel("triton", 414, 414, 0.065)}
@@ -54,24 +57,25 @@ def kernel_of(call: Call, device: str | None = None, plan=None) -> Kernel:
         device: the GPU that would run it; without it an H100 with triton 3.6.
         plan: the call's :class:`~visionattn.ops.local.fused.Plan`, which knows.
     """
-    if isinstance(call.pattern, Disk):
-        return GRID["triton, disk"]
     axes = len(call.grid)
-    if axes == 1:
+    disk = isinstance(call.pattern, Disk)
+    if axes == 1 and not disk:
         return GRID["triton, 1-D"]
     three = axes == 3 and call.grid[0] > 1
     takes = _takes_gluon(call, three, device) if plan is None else plan.gluon is not None
     name = "gluon" if takes else "triton"
-    return GRID[f"{name}, 3-D" if three else name]
+    return GRID[f"{name}, disk" if disk else f"{name}, 3-D" if three else name]
 
 
 def _takes_gluon(call: Call, three: bool, device: str | None) -> bool:
     if device is not None and not _gluon_runs(device):
         return False
-    if not isinstance(call.pattern, Neighborhood) or call.q.shape[3] != 128 or call.q.element_size() != 2:
+    if not isinstance(call.pattern, (Neighborhood, Disk)) or call.q.shape[3] != 128 or call.q.element_size() != 2:
         return False
     if call.extra or call.bias is not None or (call.text and call.text_lengths is not None):
         return False
+    if isinstance(call.pattern, Disk):
+        return len(call.grid) == 2 and call.pattern.radius <= GLUON_RADIUS
     if any(axis.dilation > 1 for axis in call.pattern.axes(call.grid)):
         return False
     visited, full = visits(call.pattern, call.grid, *(_VIDEO if three else _WINDOW))
