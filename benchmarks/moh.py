@@ -264,14 +264,17 @@ def bench_dit(args, report) -> None:
 
 
 def bench_vit(args, report) -> None:
-    """Batch 64, 224 px, bf16 autocast; eager and compiled; the yardstick is timm's swin_tiny in the same run."""
-    names = ("swin_tiny_patch4_window7_224", "transnext_small", "moh_vit_small_80")
+    """Batch 64, 224 px, bf16 autocast; eager and compiled; the yardstick is timm's swin_tiny in the same run.
+
+    VISIONATTN_KERNELS=torch has PyTorch's operators around the attention, triton all kernels (docs/backbones.md). Every
+    model is alone on the device; the yardstick is timed again at the end.
+    """
+    names = ("swin_tiny_patch4_window7_224", "moh_vit_small_80", "transnext_small", "swin_tiny_patch4_window7_224")
     x = torch.randn(64, 3, 224, 224, device="cuda")
     target = torch.randint(0, 1000, (64,), device="cuda")
     for mode in args.modes:
-        results = {"inference": {}, "training step": {}}
-        memory = {"inference": {}, "training step": {}}
-        for name in names:
+        first = {}
+        for i, name in enumerate(names):
             torch.manual_seed(0)
             model = timm.create_model(name).cuda()
             program = torch.compile(model) if mode == "compile" else model
@@ -294,14 +297,15 @@ def bench_vit(args, report) -> None:
                 model.train(what != "inference")
                 run()
                 torch.cuda.reset_peak_memory_stats()
-                results[what][name] = in_turns({name: run}, 5, 2)[name]
-                memory[what][name] = torch.cuda.max_memory_allocated() / 2**20
+                ms = in_turns({name: run}, 10, 2)[name]
+                peak = torch.cuda.max_memory_allocated() / 2**20
+                first.setdefault(what, ms)
+                label = name if i < len(names) - 1 else f"{name}, again"
+                report(f"ViT {what}", f"{mode}, 64 x 224 px", "", {label: ms}, "", {label: peak}, 64, first[what])
             del model, program, optimizer, infer, step
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-        for what in results:
-            report(f"ViT {what}", f"{mode}, 64 x 224 px", "", results[what], names[0], memory[what], 64)
 
 
 def main() -> None:
@@ -341,9 +345,9 @@ def main() -> None:
         writer.writerow(["part", "what", "active", "implementation", "ms", "over_first", "per_s", "timing_or_peak_mib",
                          "gpu", "torch", "triton", "timm", "visionattn"])  # fmt: skip
 
-        def report(part, what, active, result, first, about, batch=None) -> None:
+        def report(part, what, active, result, first, about, batch=None, base=None) -> None:
             for name, ms in result.items():
-                ratio, note = ms / result[first], about.get(name, "")
+                ratio, note = ms / (base or result[first]), about.get(name, "")
                 note = note if isinstance(note, str) else f"{note:.0f}"
                 rate = f"{1e3 * batch / ms:.0f}" if batch else ""
                 writer.writerow([part, what, active, name, f"{ms:.4f}", f"{ratio:.3f}", rate, note, *environment])

@@ -121,7 +121,9 @@ class HeadRouter(EvalCache, Mixer):
         routers = [m for m in (self.wg, self.wg_0, self.wg_1) if type(m) is not nn.Identity]
         if not routers or any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in routers):
             return None
-        if torch.jit.is_tracing() or cannot_run(str(x.device), x.dtype) is not None:
+        if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        if cannot_run(str(x.device), x.dtype) is not None:
             return None
         from visionattn.ops.moh.gates_triton import HeadGates, forward
 

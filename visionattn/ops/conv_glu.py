@@ -59,6 +59,8 @@ def takes_kernel(h: torch.Tensor) -> bool:
     """Whether ``'auto'`` takes the kernel for h."""
     if not h.is_cuda or not in_auto("conv_glu") or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and its like have no memory to read
+        return False
     return cannot_run(str(h.device), h.dtype) is None
 
 
