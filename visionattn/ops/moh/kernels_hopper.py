@@ -4,7 +4,7 @@
 One warp loads tiles of keys and values through tensor descriptors into a ring in shared memory; two or three warpgroups
 have 64 queries each, which they gather by cp.async. The product of queries and the next keys is issued before that of
 probabilities and values, and the softmax of the first runs while the second does (Shah et al., "FlashAttention-3",
-arXiv 2407.08608, section 3.2). As many programs as multiprocessors go through the items of kernels.schedule.
+arXiv 2407.08608, section 3.2). As many programs as multiprocessors go through the items of kernels._schedule.
 """
 
 from triton.experimental import gluon
