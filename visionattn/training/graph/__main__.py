@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -124,6 +125,8 @@ def _load(cfg: TrainConfig, loaded: dict[tuple, dict]) -> None:
     if _graphs_of(cfg) in loaded:
         return
     start, k = time.perf_counter(), cfg.net.get("pos_enc_dim")
+    if cfg.eigenvectors == "arpack" and importlib.util.find_spec("scipy") is None:
+        raise UserError("eigenvectors=arpack needs SciPy: pip install -e '.[graph]'.")
     if cfg.data_dir:
         data = load_folder(cfg.dataset, cfg.data_dir, k or 2, cfg.eigenvectors)
     else:

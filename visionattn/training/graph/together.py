@@ -6,6 +6,7 @@ overlap.
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -22,7 +23,7 @@ def train_together(
 
     Args:
         trainers: on one device; several of them without dropout (its random numbers come from one generator).
-        max_seconds: see :meth:`GraphTrainer.fit`.
+        max_seconds: see :meth:`GraphTrainer.fit`; from here on, with the capture of the steps.
         log: takes the number of a trainer and a line of its.
 
     Raises:
@@ -36,17 +37,19 @@ def train_together(
             layer.dropout for layer in trainer.net.layers
         ):
             raise UserError("runs at once have to be without dropout: their random numbers would mix.")
+    begin = time.perf_counter()
     streams = [torch.cuda.Stream() if trainer.device.type == "cuda" else None for trainer in trainers]
     for trainer, stream in zip(trainers, streams, strict=True):
         with _on(stream):
             trainer.prepare()
     if any(streams):
         torch.cuda.synchronize()
+    left = max(1.0, max_seconds - (time.perf_counter() - begin)) if max_seconds else 0.0
     stop = threading.Event()
 
     def fit(i: int) -> bool:
         with _on(streams[i]):
-            return trainers[i].fit(max_seconds, lambda line: log and log(i, line), stop)
+            return trainers[i].fit(left, lambda line: log and log(i, line), stop)
 
     with ThreadPoolExecutor(len(trainers)) as pool:
         runs = [pool.submit(fit, i) for i in range(len(trainers))]
