@@ -546,7 +546,9 @@ def first_calls(names) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="these, in this order")
-    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention, which takes a minute to compile")
+    parser.add_argument(
+        "--no-flex", "--quick", action="store_true", help="without FlexAttention, which takes a minute to compile"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no measurement after so long")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU: whether it runs, no figures")
