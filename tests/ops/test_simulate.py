@@ -198,15 +198,17 @@ def test_kernel_of_the_planner(name):
     assert planner.predict(call)[0]["triton"] == pytest.approx(measured[kernel.name], rel=0.06)
 
 
-def test_rates_of_windows():
-    """Windows of full tiles take the rates of their own kernel, disks and windows of masks don't."""
-    plain = replace(RATES["h100-eager"], windows=None)
-    for pattern, ratio in ((Neighborhood(80, 16), 0.81), (Disk(16), 1), (Neighborhood(32), 1)):
+def test_rates_of_kernels():
+    """Disks, windows of full tiles and all others take the rates of their own kernels."""
+    rates = RATES["h100-eager"]
+    disk = rates.full, rates.masked
+    assert len({disk, rates.windows, rates.others}) == 3
+    for pattern, of in ((Disk(16), disk), (Neighborhood(80, 16), rates.windows), (Neighborhood(32), rates.others)):
         one, two = (
             simulate((256, 256), pattern, tiles=GNA_TILES, rates=r, raster=None).rows[0].ms
-            for r in ("h100-eager", plain)
+            for r in (rates, replace(rates, full=of[0], masked=of[1], windows=None))
         )
-        assert one / two == pytest.approx(ratio, abs=0.01)
+        assert one == two
 
 
 def test_command(tmp_path, capsys):

@@ -65,8 +65,8 @@ NETWORKS = {
 class Rates:
     """TFLOP/s that a GPU was seen to execute, bfloat16, forward; ``overhead_ms`` comes on top of a sparse layer.
 
-    ``windows``: instead of ``full`` and ``masked`` for windows in two or three axes of whose tiles at least
-    :data:`~visionattn.ops.local.rates.GLUON_FULL` need no mask, which run with another kernel.
+    Where ``windows`` are given, ``full`` and ``masked`` are of disks, ``windows`` of windows in two or three axes of
+    whose tiles at least :data:`~visionattn.ops.local.rates.GLUON_FULL` need no mask, and ``others`` of all else.
     """
 
     linear: float
@@ -77,12 +77,15 @@ class Rates:
     overhead_ms: float = 0.0
     source: str = ""
     windows: tuple[float, float] | None = None
+    others: tuple[float, float] | None = None
 
     def of(self, pattern: Pattern, axes: int, full: float) -> tuple[float, float]:
         """Rates of tiles without and with masks, `full` being the share of those without."""
-        if self.windows and isinstance(pattern, Neighborhood) and axes > 1 and full >= GLUON_FULL:
+        if isinstance(pattern, Disk) or self.windows is None:
+            return self.full, self.masked
+        if isinstance(pattern, Neighborhood) and axes > 1 and full >= GLUON_FULL:
             return self.windows
-        return self.full, self.masked
+        return self.others or (self.full, self.masked)
 
 
 RATES = {
@@ -90,12 +93,13 @@ RATES = {
     "h100-eager": Rates(
         390,
         620,
-        GRID["triton, disk"].full,
-        GRID["triton, disk"].masked,
+        GRID["gluon, disk"].full,
+        GRID["gluon, disk"].masked,
         TEXT["cudnn"].full,
         0.09,
         "measured, benchmarks/results, NVIDIA H100, torch 2.11, eager",
         (GRID["gluon"].full, GRID["gluon"].masked),
+        (GRID["triton"].full, GRID["triton"].masked),
     ),
     # the same with Triton's kernels alone (VISIONATTN_LOCAL_FORWARD and _TEXT), as they were measured first
     "h100-triton": Rates(
