@@ -119,3 +119,22 @@ def test_bad_input(settings, said, tmp_path):
         demo.run_demo(**{"quick": True, "work_dir": tmp_path, **settings})
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_flags_reach_the_config_and_time_decides_the_epochs(tmp_path, monkeypatch, capsys):
+    folder = demo_data.make_demo_set(tmp_path / "set", train=4, val=1)
+    cfg = demo.demo_config("retinanet", "test_mala", folder, tmp_path, batch_size=2, workers=0, scale=1.5, lr=1e-3)
+    factors = [[s.scale_factor for s in loader.dataset.pipeline if s.type == "Resize"]
+               for loader in (cfg.train_dataloader, cfg.val_dataloader)]  # fmt: skip
+    assert factors == [[1.5], [1.5]] and cfg.model.bbox_head.anchor_generator.octave_base_scale == 4.5
+    assert cfg.train_dataloader.batch_size == 2 and cfg.optim_wrapper.optimizer.lr == 1e-3
+
+    monkeypatch.setattr(demo, "TRIAL", (1, 3))
+    demo._fit(cfg, demo.EVALUATION + 200)
+    told = float(capsys.readouterr().out.partition(" s a step, 2 steps an epoch")[0].splitlines()[-1])
+    epochs = cfg.train_cfg.max_epochs
+    assert epochs > 1 and epochs == cfg.param_scheduler[1].T_max == cfg.param_scheduler[1].end
+    assert epochs * 2 * told < 200
+    assert cfg.train_cfg.val_interval == (epochs + 1) // 2
+    demo._fit(cfg, 1)
+    assert cfg.train_cfg.max_epochs == 1

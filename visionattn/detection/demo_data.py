@@ -31,6 +31,7 @@ SIZES = ((128, 160), (160, 128), (128, 128))  # height, width
 SIDES = (22, 62)  # the longer side of an object, pixels
 VISIBLE = 0.8  # share of an object that others may not cover
 VERSION = 1
+WORTH_PROCESSES = 200  # pictures that take longer to draw than processes take to start
 
 Cutout = tuple[np.ndarray, np.ndarray]  # colours (H, W, 3) uint8, mask (H, W) bool
 
@@ -251,7 +252,7 @@ def _write_picture(folder: Path, split: str, seed: int, index: int) -> tuple[tup
 def _write_split(folder: Path, split: str, number: int, info: dict[str, Any], workers: int) -> None:
     (folder / split).mkdir(parents=True)
     write = partial(_write_picture, folder, split, info["seed"])
-    if workers > 1:
+    if workers > 1 and number >= WORTH_PROCESSES:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             written = list(pool.map(write, range(number), chunksize=16))
     else:
