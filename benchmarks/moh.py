@@ -108,7 +108,7 @@ def run_candidate(name: str, q, k, v, gates, listed=None):
         return fused.forward(q, k, v, gates, scale, tiles, listed)
     setting = gluon.SETTING
     if numbers:
-        setting = gluon.Setting(*numbers[:3], tuple(numbers[3:5]), numbers[5], bool(numbers[6]))
+        setting = gluon.Setting(*numbers[:3], tuple(numbers[3:5]), numbers[5], *map(bool, numbers[6:]))
     return gluon.forward(q, k, v, gates, scale, setting, listed)
 
 
@@ -183,12 +183,13 @@ def bench_operator(args, report) -> None:
 CANDIDATES = {
     64: (
         "triton:128,64,4,3,1,1,168", "triton:128,64,4,3,0,1,168", "triton:128,64,4,4,1,1,168",
-        "triton:128,64,4,3,1,0,0", "gluon:2,128,4,232,40,1,1", "gluon:2,128,4,232,40,1,0", "gluon:2,128,3,232,40,1,1",
-        "gluon:3,64,6,160,32,1,0", "gluon:2,64,6,232,40,1,1",
+        "triton:128,64,4,3,1,0,0", "gluon:2,128,4,232,40,1,1,0", "gluon:2,128,4,232,40,1,0,0",
+        "gluon:2,128,4,232,40,1,1,1", "gluon:2,128,4,232,40,1,0,1", "gluon:3,64,6,160,32,1,0,0",
+        "gluon:3,64,6,160,32,1,0,1",
     ),
     72: (
-        "triton:128,64,4,2,0,1,0", "gluon:2,128,4,232,40,1,1", "gluon:2,128,4,232,40,1,0", "gluon:2,128,3,232,40,1,1",
-        "gluon:2,64,6,232,40,1,1",
+        "triton:128,64,4,2,0,1,0", "gluon:2,128,4,232,40,1,1,0", "gluon:2,128,4,232,40,1,0,0",
+        "gluon:2,128,4,232,40,1,1,1", "gluon:2,128,4,232,40,1,0,1",
     ),
 }  # fmt: skip
 

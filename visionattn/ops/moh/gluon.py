@@ -16,6 +16,7 @@ class Setting:
     """Warpgroups of 64 queries, keys of a tile, tiles in flight; registers per thread: warpgroups', loading warp's.
 
     programs: of one multiprocessor. turns: two warpgroups issue their products in turns.
+    lazy: the running maximum may lag (kernels_hopper.softmax).
     """
 
     groups: int = 2
@@ -24,6 +25,7 @@ class Setting:
     registers: tuple[int, int] = (232, 40)
     programs: int = 1
     turns: bool = True
+    lazy: bool = False
 
     @property
     def cap(self) -> int:
@@ -116,7 +118,8 @@ def launch_arguments(q, k, v, gates, out, lists, scale: float, setting: Setting)
     )  # fmt: skip
     named = dict(
         D=dim, D1=64, BN=setting.keys, GROUPS=setting.groups, STAGES=setting.stages, UNIT=unit,
-        TURNS=setting.turns and setting.groups == 2, REGISTERS=setting.registers,
+        TURNS=setting.turns and setting.groups == 2,
+        LAZY=setting.lazy, REGISTERS=setting.registers,
     )  # fmt: skip
     return args, named
 

@@ -21,6 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name from triton 3.8 on
 
 
+def _rescale() -> str:
+    """Multiplies 32 numbers of a thread by its rows' two factors (elements 0 and 2), where a warp has any but 1."""
+    ask = [f"setp.neu.or.f32 p, ${64 + i}, 0f3F800000, p;" for i in (1, 2, 3)]
+    keep = [f"mov.b32 ${i}, ${32 + i};" for i in range(32)]
+    multiply = [f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32)]
+    lines = [
+        "{.reg .pred p, q;", "setp.neu.f32 p, $64, 0f3F800000;", *ask, "vote.sync.any.pred q, p, 0xffffffff;", *keep,
+        "@!q bra DONE;", *multiply, "DONE:", "}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+RESCALE = gl.constexpr(_rescale())
+RESCALE_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
+
+
 @gluon.jit
 def _as(buf, desc):
     """A 2-D buffer with the shape of a descriptor's block: the same bytes."""
@@ -60,12 +76,29 @@ def copy_queries(q_ptr, strides, pair, heads, token, live, q, q2, D: gl.constexp
 
 
 @gluon.jit
-def softmax(s, row_max, row_sum, qk_scale):
-    """Probabilities, and the running maximum, sum and factor of what was before."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * qk_scale)
+def softmax(s, row_max, row_sum, qk_scale, LAZY: gl.constexpr):
+    """Probabilities, and the running maximum, sum and factor of what was before.
+
+    LAZY: the maximum stays until one is 64 times above it, so that what was before is seldom multiplied.
+    """
+    top = gl.max(s, 1) * qk_scale
+    if LAZY:
+        new_max = gl.where(top > row_max + 6.0, top, row_max)
+    else:
+        new_max = gl.maximum(row_max, top)
     p = gl.exp2(s * qk_scale - new_max[:, None])
     rescale = gl.exp2(row_max - new_max)
     return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
+
+
+@gluon.jit
+def scaled(acc, rescale, LAZY: gl.constexpr):
+    factor = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if LAZY:
+        factor, same = gl.broadcast(factor, acc)
+        return gl.inline_asm_elementwise(RESCALE, RESCALE_REGISTERS, [acc, factor], gl.float32, True, 32)
+    else:
+        return acc * factor
 
 
 @gluon.jit
@@ -102,11 +135,11 @@ def step(ring, steps, both, queries, keys, values, bars, p, acc, acc2, row_max, 
     """
     STAGES: gl.constexpr = CONST[0]
     mma_s: gl.constexpr = CONST[1]
-    mma_o: gl.constexpr = CONST[2]
-    mma_o2: gl.constexpr = CONST[3]
-    REST: gl.constexpr = CONST[4]
-    TURNS: gl.constexpr = CONST[5]
-    WHICH: gl.constexpr = CONST[6]
+    mma_o2: gl.constexpr = CONST[2]
+    REST: gl.constexpr = CONST[3]
+    TURNS: gl.constexpr = CONST[4]
+    WHICH: gl.constexpr = CONST[5]
+    LAZY: gl.constexpr = CONST[6]
     k_full, v_full, empty, turns = bars
     slot, phase = ring % STAGES, ring // STAGES & 1
     old_slot = (ring - 1) % STAGES
@@ -122,7 +155,7 @@ def step(ring, steps, both, queries, keys, values, bars, p, acc, acc2, row_max, 
         s = warpgroup_mma_wait(2, deps=[s])
     else:
         s = warpgroup_mma_wait(1, deps=[s])
-    new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale)
+    new, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, LAZY)
     new = gl.convert_layout(new.to(p.dtype), p.type.layout)
     # This wait for the values of the next step ends a basic block: without it ptxas moves the exponentials behind the
     # wait for the product that they are to run beside.
@@ -132,9 +165,9 @@ def step(ring, steps, both, queries, keys, values, bars, p, acc, acc2, row_max, 
     else:
         acc, p, new, row_sum = warpgroup_mma_wait(0, deps=[acc, p, new, row_sum])
     mbarrier.arrive(empty.index(old_slot))
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o))[:, None]
+    acc = scaled(acc, rescale, LAZY)
     if REST:
-        acc2 = acc2 * gl.convert_layout(rescale, gl.SliceLayout(1, mma_o2))[:, None]
+        acc2 = scaled(acc2, rescale, False)
     return new, acc, acc2, row_max, row_sum
 
 
@@ -163,6 +196,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     UNIT: gl.constexpr = CONST[2]
     REST: gl.constexpr = CONST[3]
     TURNS: gl.constexpr = CONST[4]
+    LAZY: gl.constexpr = CONST[5]
     D1: gl.constexpr = q_bufs.shape[2]
     BN: gl.constexpr = k_bufs.shape[1]
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -172,7 +206,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
     lanes: gl.constexpr = D1 // 8  # 16 bytes each
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
     rest: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    S: gl.constexpr = (STAGES, mma_s, mma_o, mma_o2, REST, TURNS, WHICH)
+    S: gl.constexpr = (STAGES, mma_s, mma_o2, REST, TURNS, WHICH, LAZY)
     keys = (k_bufs, k2_bufs)
     values = (v_bufs, v2_bufs)
     gb, gn, gh = g_strides
@@ -214,7 +248,7 @@ def consume(WHICH: gl.constexpr, bufs, bars, pointers, strides, numbers, CONST: 
             s = gl.where((key < M - (tiles - 1) * BN)[None, :], s, -float("inf"))
             row_max = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, mma_s))
             row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, mma_s))
-            p, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale)
+            p, row_max, row_sum, rescale = softmax(s, row_max, row_sum, qk_scale, False)
             p = gl.convert_layout(p.to(q.dtype), p_layout)
             acc = gl.zeros([64, D1], gl.float32, mma_o)
             acc2 = gl.zeros([64, 16], gl.float32, mma_o2)
@@ -341,11 +375,12 @@ def forward_kernel(
     q_ptr, k_desc, v_desc, k2_desc, v2_desc, g_ptr, out, order, work, zeros, totals,
     qb, qn, qh, gb, gn, gh, ob, on, oh, N, M, heads, qk_scale,
     D: gl.constexpr, D1: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    UNIT: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    UNIT: gl.constexpr, TURNS: gl.constexpr, LAZY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """GROUPS warpgroups; REGISTERS: of the threads of the second and third one, and of the loading warp.
 
-    TURNS: two warpgroups issue their products in turns. Strides of q and out come in units of UNIT elements, 16 bytes.
+    TURNS: two warpgroups issue their products in turns. LAZY: see softmax. Strides of q and out come in units of UNIT
+    elements, 16 bytes.
     """
     REST: gl.constexpr = D > D1
     dtype: gl.constexpr = k_desc.dtype
@@ -384,7 +419,7 @@ def forward_kernel(
     pointers = (q_ptr, g_ptr, out, order, work, zeros, totals)
     strides = ((qb, qn, qh), (gb, gn, gh), (ob, on, oh))
     numbers = (N, M, heads, qk_scale)
-    CONST: gl.constexpr = (D, STAGES, UNIT, REST, TURNS)
+    CONST: gl.constexpr = (D, STAGES, UNIT, REST, TURNS, LAZY)
     if GROUPS == 3:
         gl.warp_specialize(
             [
