@@ -112,7 +112,7 @@ class ContinuousPositionBias(HeadRouter):
     def merged(self, layers: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weight and bias of linear layers that read the same tokens, one below the other; None where they have hooks
         or rules of their own."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(map(_is_plain, layers)):
+        if torch.jit.is_tracing() or not all(_is_plain(layer) for layer in layers):
             return None
         weights = (*(m.weight for m in layers), *(m.bias for m in layers))
 
