@@ -268,3 +268,19 @@ def test_eager_gradients():
         out = local_attention(*leaves, (3, 4), Disk(2, downsample=None), 2, backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(*results)
+
+
+def test_disk_far_from_borders():
+    """Tiles that take the loop without bounds; forward alone, since the grid is large for an interpreter."""
+    torch.manual_seed(0)
+    grid, pattern = (25, 26), Disk(1.5)
+    q, k, v = (torch.randn(1, 25 * 26, 1, 16) for _ in range(3))
+    small = Tile(SMALL, SMALL, 4, 1)
+    out, lse = fused.forward(
+        q, k, v, None, None, None, None, grid, pattern, 0, True, 0.25, Tiles(small, small, small, small, False)
+    )
+    expected, expected_lse = local_attention(
+        *(x.double() for x in (q, k, v)), grid=grid, pattern=pattern, scale=0.25, backend="reference", return_lse=True
+    )
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
