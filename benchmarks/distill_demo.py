@@ -1,7 +1,7 @@
 """CLEAR's distillation end to end on a small FLUX transformer that is trained here, on pictures that are made here.
 
     python benchmarks/distill_demo.py --seconds 240                  # --size full: one GPU
-    python benchmarks/distill_demo.py --size cpu --seconds 1200      # 16 x 16 tokens on one core
+    python benchmarks/distill_demo.py --size cpu --seconds 600       # 8 x 8 tokens on one core
 
 Stages: a small classifier of the zoo (its features measure the Frechet distance), the dense teacher (a
 ``FluxTransformer2DModel`` on pixels, 32 x 32 tokens at 64 px), the cache, the distillation
@@ -90,7 +90,7 @@ RECIPE = dict(flow_weight=0.0, output_weight=1.0, attention_weight=0.2)
 SIZES = {
     # radius 8 of 32 tokens is CLEAR's 16 of 64 at 1024 px, 4 is its 8
     "full": Size(32, 4, 64, 2, 6, 16000, 4000, 48, 6000, 48, 6000, (8, 4), 1024, 1024, 20, distil_lr=1e-3, **RECIPE),
-    "cpu": Size(16, 3, 32, 2, 6, 4000, 2000, 8, 900, 8, 900, (4,), 128, 128, 12, distil_lr=3e-3, **RECIPE),
+    "cpu": Size(8, 2, 32, 1, 5, 4000, 1000, 16, 3000, 16, 1500, (2,), 256, 256, 12, lr=2e-3, distil_lr=3e-3, **RECIPE),
     "smoke": Size(8, 1, 32, 1, 2, 32, 32, 4, 3, 4, 3, (3, 2), 4, 8, 2),
 }
 
