@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.ops.cross_compile import usage
-from visionattn.ops.local import gluon
+from visionattn.ops.local import gluon, rates
 from visionattn.ops.local.tiles import SHARED_KIB
 
 if gluon._missing() is not None:
@@ -82,3 +82,7 @@ def test_disk_compiles():
     assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
     assert "wgmma" in compiled.asm["ptx"]
     assert "LOCAL:0 " in usage(compiled), usage(compiled)
+
+
+def test_planner_knows_its_limits():
+    assert (rates.GLUON_FULL, rates.GLUON_RADIUS) == (gluon.FULL, gluon.RADIUS)
