@@ -1,5 +1,7 @@
 """The kernels of mixture-of-head and aggregated attention compile, without a GPU, within the shared memory there is."""
 
+import re
+
 import pytest
 import torch
 
@@ -48,11 +50,11 @@ def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
     return recorders
 
 
-def check(recorders, capability, spills=True) -> None:
+def check(recorders, capability, spills=10**6) -> None:
     for recorder in recorders:
         assert recorder.launches
         for compiled in recorder.compile(capability):
-            assert spills or "STACK:0 " in usage(compiled), usage(compiled)
+            assert int(re.search(r"STACK:(\d+)", usage(compiled)).group(1)) <= spills, usage(compiled)  # bytes
             assert compiled.asm["ptx"]
             assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
 
@@ -61,7 +63,7 @@ def check(recorders, capability, spills=True) -> None:
 def test_moh(capability, monkeypatch):
     assert moh.can_run_triton is not None
     recorders = moh_launches(monkeypatch, 64, torch.bfloat16, capability)
-    check(recorders, capability, spills=False)
+    check(recorders, capability, spills=64 if capability == 90 else 0)  # 168 registers are faster with a few spilled
     assert recorders[1].launches[0][1]["TMA"] == (capability >= 90)
 
 
