@@ -1,4 +1,4 @@
-"""Launches the Gluon kernels (kernels_hopper.py, kernels_disk.py): the forward pass on GPUs of compute capability 9.0."""
+"""Launches the Gluon kernels (kernels_hopper.py, kernels_disk.py): the forward pass on compute capability 9.0."""
 
 import functools
 import math
