@@ -344,7 +344,7 @@ def test_worthwhile_needs_a_gpu_and_a_gain():
     for side in (64, 128, 256):
         x = q.expand(1, side * side + 512, 24, 128)
         faster[side] = planner.is_predicted_faster(make_call(x, x, x, (side, side), Disk(16), 512))
-    assert faster == {64: True, 128: True, 256: True}
+    assert faster == {64: False, 128: True, 256: True}
     x = q.expand(1, 64 * 64 + 512, 24, 128)
     assert not planner.is_predicted_faster(make_call(x, x, x, (64, 64), Disk(32), 512))  # 0.55 ms against 0.44
     with pytest.raises(ValueError, match="exceeds the axis"):

@@ -12,7 +12,7 @@ from . import flex, natten, sdpa
 from .call import LARGEST_BIAS_WINDOW, Call, make_call
 from .counts import count
 from .patterns import Disk, Neighborhood, Pattern, decode, encode
-from .rates import OTHERS, kernel_of, text_rows_of
+from .rates import HOST_MS, OTHERS, kernel_of, text_rows_of
 
 BACKENDS = ("triton", "natten", "flex", "sdpa", "reference")
 
@@ -190,6 +190,7 @@ def predict(call: Call, device: str | None = None, plan=None) -> tuple[dict[str,
     }
     if text:
         predicted["triton"] += text_rows_of(call, device, plan).ms(flop * text)
+    predicted["triton"] = max(predicted["triton"], HOST_MS)
     return predicted, counts
 
 

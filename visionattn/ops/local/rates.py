@@ -14,6 +14,8 @@ from .patterns import Disk, Neighborhood
 
 # Other backends: milliseconds are pairs over these
 OTHERS = {"dense": 600.0, "flex": 290.0, "masked sdpa": 100.0, "natten": 530.0, "natten, masked": 310.0}
+# What a layer takes the host in eager mode at least, on a busy machine: 0.4 to 1.3 ms were seen at 64 x 64
+HOST_MS = 0.9
 # Least share of visited tiles without masks for which the Gluon kernel is faster (gluon.FULL)
 GLUON_FULL = 0.6
 # Largest disk that the Gluon kernel is taken for

@@ -24,6 +24,7 @@ if choice not in CHOICES:
 LEAST_TEXT = 256
 _BLOCK = 128  # queries and keys of cuDNN's tiles, for counting only
 _MOST_CHUNKS = 16
+LEAST_KEYS = 2**15  # with fewer the host takes longer for the chunks than they save
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def pick_chunks(blocks: int, keys: int, processors: int) -> Chunks:
         rounds = -(-blocks * count // processors)
         return rounds * (keys / count + 5 * _BLOCK) + (4 * _BLOCK if count > 1 else 0)
 
-    most = max(1, min(_MOST_CHUNKS, keys // (4 * _BLOCK)))
+    most = _MOST_CHUNKS if keys >= LEAST_KEYS else 1
     return cut(keys, min(range(1, most + 1), key=cost))
 
 
