@@ -113,6 +113,8 @@ def test_auto_takes_full_tiles_only(monkeypatch):
     tensors = [torch.randn(1, 64 * 128 + 77, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     assert takes_gluon(tensors, given)
     assert not takes_gluon([t.float() for t in tensors], given)
+    assert not takes_gluon(tensors, {**given, "pattern": Disk(8)})  # too few tiles
+    monkeypatch.setattr(gluon, "TILES", 1)
     assert takes_gluon(tensors, {**given, "pattern": Disk(8)})
     for pattern in (Disk(40), Neighborhood(7, dilation=2)):
         assert not takes_gluon(tensors, {**given, "pattern": pattern})

@@ -4,6 +4,7 @@ From benchmarks/results/local_attention-*.csv (24 heads of 128 channels); docs/l
 tiles under a mask is what is left of a row's time after its tiles without masks took theirs.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ HOST_MS = 0.9
 GLUON_FULL = 0.6
 # Largest disk that the Gluon kernel is taken for
 GLUON_RADIUS = 32
+# Least number of queries of a disk, of all heads, that it is taken for: 16 tiles for each of 132 multiprocessors
+GLUON_QUERIES = 16 * 128 * 132
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def _takes_gluon(call: Call, three: bool, device: str | None) -> bool:
     if call.extra or call.bias is not None or (call.text and call.text_lengths is not None):
         return False
     if isinstance(call.pattern, Disk):
-        return len(call.grid) == 2 and call.pattern.radius <= GLUON_RADIUS
+        queries = math.prod(call.grid) * call.q.shape[0] * call.q.shape[2]
+        return len(call.grid) == 2 and call.pattern.radius <= GLUON_RADIUS and queries >= GLUON_QUERIES
     if any(axis.dilation > 1 for axis in call.pattern.axes(call.grid)):
         return False
     visited, full = visits(call.pattern, call.grid, *(_VIDEO if three else _WINDOW))
