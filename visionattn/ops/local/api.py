@@ -46,7 +46,7 @@ def local_attention(
         scale: factor of q.k, D ** -0.5 by default.
         backend: ``'triton'``: fused kernels that visit only tiles that the pattern touches, CUDA (compute capability
             8.0 and up); text rows without padding run by cuDNN's attention through PyTorch where that was measured to
-            be faster (Hopper, heads of 128 channels, 256 text tokens and more). ``'natten'``: its own kernels, where
+            be faster (Hopper, heads of 128 channels, 512 text tokens and more). ``'natten'``: its own kernels, where
             installed. ``'flex'``: FlexAttention. ``'sdpa'``: dense attention, masked where the pattern hides anything.
             ``'reference'``: eager PyTorch, any device and dtype. ``'auto'`` picks (:func:`explain` says which and why),
             and reports kernels that don't compile once, as a warning. A named backend never falls back.
