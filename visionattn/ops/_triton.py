@@ -14,10 +14,10 @@ if KERNELS not in ("auto", "triton", "torch"):
 # kernels that passed their tests on a GPU and were faster there in whole models; the models of the others wait for the
 # CPU, and their kernels took no load off it
 IN_AUTO = {
-    "block_norm": False,  # the norm of large models, TransNeXt's
-    "conv_glu": False,
+    "block_norm": True,  # the norm of large models, TransNeXt's
+    "conv_glu": True,
     "depthwise": False,
-    "head_gates": False,
+    "head_gates": True,
     "inline": False,
     "mala": True,
     "norm": False,
