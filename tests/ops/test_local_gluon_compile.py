@@ -50,7 +50,7 @@ def compile_forward(setting, text: bool, dim=128):
     constants = dict(
         Q=setting.query, K=setting.key, SUB=setting.part, CAUSAL=(False,) * 3, KIND=0, THREE=three,
         PARTS=2 if text else 1, LENGTHS=False, STAGES=setting.stages, D=dim, SPECIAL=setting.special,
-        PINGPONG=setting.pingpong, SKIP=setting.skip, REGISTERS=setting.registers, len_ptr=None, table=None, o_ptr=None,
+        PINGPONG=setting.pingpong, REGISTERS=setting.registers, len_ptr=None, table=None, o_ptr=None,
     )  # fmt: skip
     blocks = {"q_desc": setting.part, "o_desc": setting.part, "k_desc": setting.key, "v_desc": setting.key}
     blocks = {name: (*block, 1, dim) for name, block in blocks.items()}

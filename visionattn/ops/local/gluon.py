@@ -28,7 +28,6 @@ class Setting:
     stages: int = 2
     special: bool = True
     pingpong: bool = False
-    skip: bool = False
     registers: tuple[int, int] = (240, 24)
     cap: int | None = 168
     persistent: bool = True
@@ -175,7 +174,7 @@ def _launch(p, setting, descriptors, pointers, sizes, box, rest, tiles, kind, th
         *descriptors, *pointers, *sizes, *box, *rest, tiles, p.qk_scale,
         Q=setting.query, K=setting.key, SUB=setting.part, CAUSAL=causal, KIND=kind, THREE=three, PARTS=parts,
         LENGTHS=False, STAGES=setting.stages, D=p.D, SPECIAL=setting.special, PINGPONG=setting.pingpong,
-        SKIP=setting.skip, REGISTERS=setting.registers, num_warps=setting.rows // 16, maxnreg=setting.cap,
+        REGISTERS=setting.registers, num_warps=setting.rows // 16, maxnreg=setting.cap,
     )  # fmt: skip
 
 

@@ -259,25 +259,6 @@ def step(s_scale, i, ring, held, steps, mask_args, q, k_bufs, v_bufs, bars, p, a
 
 
 @gluon.jit
-def distance_sq(dy, dx, SUB: gl.constexpr, K: gl.constexpr):
-    """Squared distance between queries and keys, nearest to nearest: origins (y, x) differ by dy, dx."""
-    gap_y = gl.maximum(gl.maximum(dy - K[1] + 1, -dy - SUB[1] + 1), 0)
-    gap_x = gl.maximum(gl.maximum(dx - K[2] + 1, -dx - SUB[2] + 1), 0)
-    return gap_y * gap_y + gap_x * gap_x
-
-
-@gluon.jit
-def pass_over(ring, bars, STAGES: gl.constexpr):
-    """Gives a tile back unread, once it is there."""
-    k_full, v_full, k_empty, v_empty, turn = bars
-    slot, phase = ring % STAGES, ring // STAGES & 1
-    mbarrier.wait(k_full.index(slot), phase)
-    mbarrier.arrive(k_empty.index(slot))
-    mbarrier.wait(v_full.index(slot), phase)
-    mbarrier.arrive(v_empty.index(slot))
-
-
-@gluon.jit
 def refill(i, ring, VALUES: gl.constexpr, loads, full_bars, bufs, CONST: gl.constexpr):
     """Loads tile i + STAGES where tile i was, after every warp has read that."""
     K: gl.constexpr = CONST[0]
@@ -337,7 +318,6 @@ def consume(WHICH: gl.constexpr, bufs, bars, outs, numbers, descs, CONST: gl.con
     STAGES: gl.constexpr = CONST[8]
     INLINE: gl.constexpr = CONST[9]
     PINGPONG: gl.constexpr = CONST[10]
-    SKIP: gl.constexpr = CONST[11]
     ring_bars = (k_full, v_full, k_empty, v_empty, turn)
     D: gl.constexpr = q_bufs.shape[2]
     M: gl.constexpr = SUB[0] * SUB[1] * SUB[2]
@@ -401,21 +381,11 @@ def consume(WHICH: gl.constexpr, bufs, bars, outs, numbers, descs, CONST: gl.con
             for i in range(gl.maximum(partial, 1), partial + masked):
                 z0, y0, x0 = grid_visit(i - partial, masked, shape, table, K, KIND, 0)
                 mask_args = (z0, y0, x0, rows, sizes, radius_sq)
-                if SKIP:
-                    if distance_sq(y - y0, x - x0, SUB, K) < radius_sq:
-                        p, acc, row_max, row_sum = step(
-                            qk_scale, i, ring + i, held, 0, mask_args, q, k_bufs, v_bufs, ring_bars, p, acc, row_max,
-                            row_sum, loads, True, S,
-                        )  # fmt: skip
-                        held = ring + i
-                    else:
-                        pass_over(ring + i, ring_bars, STAGES)
-                else:
-                    p, acc, row_max, row_sum = step(
-                        qk_scale, i, ring + i, held, ring + i - done - 1, mask_args, q, k_bufs, v_bufs, ring_bars, p,
-                        acc, row_max, row_sum, loads, True, S,
-                    )  # fmt: skip
-                    held = ring + i
+                p, acc, row_max, row_sum = step(
+                    qk_scale, i, ring + i, held, ring + i - done - 1, mask_args, q, k_bufs, v_bufs, ring_bars, p,
+                    acc, row_max, row_sum, loads, True, S,
+                )  # fmt: skip
+                held = ring + i
         for i in range(gl.maximum(partial + masked, 1), total):
             p, acc, row_max, row_sum = step(
                 qk_scale, i, ring + i, held, ring + i - done - 1, (0,), q, k_bufs, v_bufs, ring_bars, p, acc, row_max,
@@ -528,12 +498,12 @@ def forward_kernel(
     first, tiles, qk_scale,
     Q: gl.constexpr, K: gl.constexpr, SUB: gl.constexpr, CAUSAL: gl.constexpr, KIND: gl.constexpr,
     THREE: gl.constexpr, PARTS: gl.constexpr, LENGTHS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    SPECIAL: gl.constexpr, PINGPONG: gl.constexpr, SKIP: gl.constexpr, REGISTERS: gl.constexpr,
+    SPECIAL: gl.constexpr, PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a grid over a run of text and their neighbourhoods (PARTS 2; 1: no text), or of text over all (0).
 
     SPECIAL: a warp of its own loads. SUB: the part of a tile of queries that belongs to a warpgroup; the whole tile
-    where all warpgroups run as one. SKIP: a warpgroup passes over tiles that only the other one needs.
+    where all warpgroups run as one.
     REGISTERS: of the consumers' threads, and the loading warp's.
     """
     GROUPS: gl.constexpr = (Q[0] * Q[1] * Q[2]) // (SUB[0] * SUB[1] * SUB[2])
@@ -574,7 +544,7 @@ def forward_kernel(
     )  # fmt: skip
     descs = (q_desc, k_desc, v_desc, kt_desc, vt_desc)
     outs = (o_desc, o_ptr, lse_ptr)
-    CONST: gl.constexpr = (Q, K, SUB, CAUSAL, KIND, THREE, PARTS, LENGTHS, STAGES, not SPECIAL, PINGPONG, SKIP)
+    CONST: gl.constexpr = (Q, K, SUB, CAUSAL, KIND, THREE, PARTS, LENGTHS, STAGES, not SPECIAL, PINGPONG)
     if SPECIAL:
         if GROUPS == 2:
             gl.warp_specialize(
