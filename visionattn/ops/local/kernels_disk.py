@@ -17,35 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .kernels_hopper import thread_barrier
+from visionattn.ops._hopper import as_block, scaled, softmax, thread_barrier
 
 M, N = gl.constexpr(64), gl.constexpr(64)  # queries of a warpgroup, keys of a tile: 8 x 8 each
 # In assembly, since LLVM packs half of the comparisons into a vector of bits and takes it apart again.
 KEEP = gl.constexpr(
     "{.reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.u32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p;}"
 )
-
-
-def _rescale() -> str:
-    """Multiplies 32 numbers of a thread by its rows' two factors (elements 0 and 2), where a warp has any but 1."""
-    ask = [f"setp.neu.or.f32 p, ${64 + i}, 0f3F800000, p;" for i in (1, 2, 3)]
-    keep = [f"mov.b32 ${i}, ${32 + i};" for i in range(32)]
-    multiply = [f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32)]
-    lines = [
-        "{.reg .pred p, q;", "setp.neu.f32 p, $64, 0f3F800000;", *ask, "vote.sync.any.pred q, p, 0xffffffff;", *keep,
-        "@!q bra DONE;", *multiply, "DONE:", "}",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-RESCALE = gl.constexpr(_rescale())
-RESCALE_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64))
-
-
-@gluon.jit
-def _as(buf, desc):
-    """A 2-D buffer with the shape of a descriptor's block: the same bytes."""
-    return buf._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
 
 
 @gluon.jit
@@ -107,32 +85,6 @@ def hide(s, words):
     word = gl.where((n < 32)[None, :], low[:, None], high[:, None])
     word, one = gl.broadcast(word, one[None, :])
     return gl.inline_asm_elementwise(KEEP, "=f,f,r,r", [s, word, one], gl.float32, True, 1)
-
-
-@gluon.jit
-def softmax(s, row_max, row_sum, qk_scale, LAZY: gl.constexpr):
-    """Probabilities, and the running maximum, sum and factor of what was before.
-
-    LAZY: the maximum stays until one is 64 times above it, so that what was before is seldom multiplied.
-    """
-    top = gl.max(s, 1) * qk_scale
-    if LAZY:
-        new_max = gl.where(top > row_max + 6.0, top, row_max)
-    else:
-        new_max = gl.maximum(row_max, top)
-    p = gl.exp2(s * qk_scale - new_max[:, None])
-    rescale = gl.exp2(row_max - new_max)
-    return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
-
-
-@gluon.jit
-def scaled(acc, rescale, LAZY: gl.constexpr):
-    factor = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if LAZY:
-        factor, same = gl.broadcast(factor, acc)
-        return gl.inline_asm_elementwise(RESCALE, RESCALE_REGISTERS, [acc, factor], gl.float32, True, 32)
-    else:
-        return acc * factor
 
 
 @gluon.jit
@@ -305,7 +257,7 @@ def finish(acc, row_max, row_sum, buf, outs, batch, head, y, x, sizes):
     thread_barrier()
     buf.store((acc * factor[:, None]).to(buf.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], _as(buf, o_desc))
+    tma.async_copy_shared_to_global(o_desc, [batch, y, x, head, 0], as_block(buf, o_desc))
     tma.store_wait(0)
     thread_barrier()
 
@@ -313,7 +265,7 @@ def finish(acc, row_max, row_sum, buf, outs, batch, head, y, x, sizes):
 @gluon.jit
 def load_grid(desc, y, x, batch, head, bar, buf):
     mbarrier.expect(bar, N * buf.shape[1] * 2)
-    tma.async_copy_global_to_shared(desc, [batch, y, x, head, 0], bar, _as(buf, desc))
+    tma.async_copy_global_to_shared(desc, [batch, y, x, head, 0], bar, as_block(buf, desc))
 
 
 @gluon.jit
@@ -329,11 +281,11 @@ def load_text(token, ring, batch, kv_head, bufs, bars, descs, STAGES: gl.constex
         mbarrier.wait(v_empty.index(slot), phase ^ 1)
     mbarrier.expect(k_full.index(slot), N * k_bufs.shape[2] * 2)
     at = [batch, token, kv_head, 0]
-    tma.async_copy_global_to_shared(kt_desc, at, k_full.index(slot), _as(k_bufs.index(slot), kt_desc))
+    tma.async_copy_global_to_shared(kt_desc, at, k_full.index(slot), as_block(k_bufs.index(slot), kt_desc))
     if not TOGETHER:
         mbarrier.wait(v_empty.index(slot), phase ^ 1)
     mbarrier.expect(v_full.index(slot), N * k_bufs.shape[2] * 2)
-    tma.async_copy_global_to_shared(vt_desc, at, v_full.index(slot), _as(v_bufs.index(slot), vt_desc))
+    tma.async_copy_global_to_shared(vt_desc, at, v_full.index(slot), as_block(v_bufs.index(slot), vt_desc))
 
 
 @gluon.jit

@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from visionattn.ops._hopper import as_block, thread_barrier
+
 from . import kernels
 
 
@@ -31,7 +33,6 @@ visit_keys, full_visit, masked_visit = (
 query_bounds, sees = _shared(kernels.query_bounds), _shared(kernels.sees)
 table_range, table_visit = _shared(kernels.table_range), _shared(kernels.table_visit)
 
-thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name from triton 3.8 on
 
 RUN, GRID, BOTH = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
@@ -109,28 +110,24 @@ def load_tile(i, counts, shape, run, batch, kv_head, table, grid_desc, run_desc,
         begin, end = run
         BN: gl.constexpr = K[0] * K[1] * K[2]
         at = begin + gl.where(i < partial, whole, i - partial) * BN
-        tma.async_copy_global_to_shared(run_desc, [batch, at, kv_head, 0], bar, _as(buf, run_desc))
+        tma.async_copy_global_to_shared(run_desc, [batch, at, kv_head, 0], bar, as_block(buf, run_desc))
     elif PARTS == 1:
         z, y, x = grid_visit(i, masked, shape, table, K, KIND, 2)
-        tma.async_copy_global_to_shared(grid_desc, [z if THREE else batch, y, x, kv_head, 0], bar, _as(buf, grid_desc))
+        tma.async_copy_global_to_shared(
+            grid_desc, [z if THREE else batch, y, x, kv_head, 0], bar, as_block(buf, grid_desc)
+        )
     else:
         j = i - partial
         if (j >= 0) & (j < masked + full):
             z, y, x = grid_visit(j, masked, shape, table, K, KIND, 2)
             tma.async_copy_global_to_shared(
-                grid_desc, [z if THREE else batch, y, x, kv_head, 0], bar, _as(buf, grid_desc)
+                grid_desc, [z if THREE else batch, y, x, kv_head, 0], bar, as_block(buf, grid_desc)
             )
         else:
             begin, end = run
             BN: gl.constexpr = K[0] * K[1] * K[2]
             at = begin + gl.where(j < 0, whole, j - masked - full) * BN
-            tma.async_copy_global_to_shared(run_desc, [batch, at, kv_head, 0], bar, _as(buf, run_desc))
-
-
-@gluon.jit
-def _as(buf, desc):
-    """A 2-D buffer with the shape of a descriptor's block: the same bytes."""
-    return buf._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+            tma.async_copy_global_to_shared(run_desc, [batch, at, kv_head, 0], bar, as_block(buf, run_desc))
 
 
 @gluon.jit
@@ -139,9 +136,9 @@ def load_queries(q_desc, tile_z, tile_y, tile_x, batch, head, c, bar, buf,
     mbarrier.expect(bar, buf.shape[0] * buf.shape[1] * 2)
     z, y, x = part_origin(tile_z, tile_y, tile_x, c, Q, SUB)
     if PARTS == 0:
-        tma.async_copy_global_to_shared(q_desc, [batch, x, head, 0], bar, _as(buf, q_desc))
+        tma.async_copy_global_to_shared(q_desc, [batch, x, head, 0], bar, as_block(buf, q_desc))
     else:
-        tma.async_copy_global_to_shared(q_desc, [z if THREE else batch, y, x, head, 0], bar, _as(buf, q_desc))
+        tma.async_copy_global_to_shared(q_desc, [z if THREE else batch, y, x, head, 0], bar, as_block(buf, q_desc))
 
 
 @gluon.jit
@@ -438,7 +435,7 @@ def finish(acc, row_max, row_sum, o_buf, outs, chunk, z, y, x, batch, head, size
         thread_barrier()
         o_buf.store(acc.to(o_buf.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [z if THREE else batch, y, x, head, 0], _as(o_buf, o_desc))
+        tma.async_copy_shared_to_global(o_desc, [z if THREE else batch, y, x, head, 0], as_block(o_buf, o_desc))
 
 
 @gluon.jit
