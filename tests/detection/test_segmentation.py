@@ -1,7 +1,6 @@
 """The backbone under mmsegmentation: configs and their counts, UPerNet and Semantic FPN, a training run."""
 
 import functools
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -15,8 +14,7 @@ from PIL import Image
 from tests.extras import require_extra
 
 require_extra("mmengine", "detection")
-if importlib.util.find_spec("mmseg") is None:  # an extra of its own, which not every test run installs
-    pytest.skip("mmsegmentation is not installed: pip install -e '.[segmentation]'", allow_module_level=True)
+require_extra("mmseg", "segmentation")
 
 import visionattn.detection  # noqa: E402, F401
 from visionattn.detection.complexity import detector_complexity  # noqa: E402

@@ -13,8 +13,8 @@ from tests.ops.cross_compile import usage
 from visionattn.ops.local import gluon, rates
 from visionattn.ops.local.tiles import SHARED_KIB
 
-if gluon._missing() is not None:
-    pytest.skip(gluon._missing(), allow_module_level=True)
+if gluon.cannot_build_gluon(gluon.KERNELS) is not None:
+    pytest.skip(gluon.cannot_build_gluon(gluon.KERNELS), allow_module_level=True)
 
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource

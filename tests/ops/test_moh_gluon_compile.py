@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from tests.ops.cross_compile import SHARED_KIB, usage
 from visionattn.ops.moh import gluon
 
-if gluon._missing() is not None:
-    pytest.skip(gluon._missing(), allow_module_level=True)
+if gluon.cannot_build_gluon(gluon.KERNELS) is not None:
+    pytest.skip(gluon.cannot_build_gluon(gluon.KERNELS), allow_module_level=True)
 
 from triton.experimental.gluon._runtime import GluonASTSource
 

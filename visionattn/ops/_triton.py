@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -60,4 +61,18 @@ def _cannot_run_on(device: str) -> str | None:
         return "the kernels were not tried on ROCm"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"compute capability {torch.cuda.get_device_capability(device)} is below 8.0"
+    return None
+
+
+@cache
+def cannot_build_gluon(kernels: str) -> str | None:
+    """Why the Gluon kernels of a module (its full name) cannot be built here; None where they can."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "Gluon has no interpreter"
+    try:
+        import_module(kernels)
+    except Exception as e:  # Gluon is experimental: names move between versions
+        return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
     return None

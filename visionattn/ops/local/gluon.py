@@ -1,6 +1,5 @@
 """Launches the Gluon kernels (kernels_hopper.py, kernels_disk.py): the forward pass on compute capability 9.0."""
 
-import functools
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -8,9 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from visionattn.ops._triton import cannot_build_gluon
+
 from . import counts, fused, tables
 from .patterns import Cross, Disk, Neighborhood, radius_squared
 from .tiles import Shape
+
+KERNELS = "visionattn.ops.local.kernels_hopper"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Setting:
 @dataclass(frozen=True)
 class DiskSetting:
     """A variant of the disk's kernel: warpgroups (y, x) of 8 x 8 queries that share loads; whether their queries stay
-    in registers; whether the maximum of a row may lag (kernels_disk.softmax); whether keys are given back with the
+    in registers; whether the maximum of a row may lag (ops/_hopper.softmax); whether keys are given back with the
     values; programs of a multiprocessor."""
 
     groups: tuple[int, int] = (1, 2)
@@ -78,18 +81,7 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
         return "has no dilation"
     if not all(fused._suits_descriptor(x) for x in (q, k, v)):
         return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str | None:
-    if triton.knobs.runtime.interpret:
-        return "Gluon has no interpreter"
-    try:
-        from . import kernels_hopper  # noqa: F401
-    except Exception as e:  # Gluon is experimental: names move between versions
-        return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
-    return None
+    return cannot_build_gluon(KERNELS)
 
 
 # As measured on an H100 (docs/kernels.md): of windows in two axes, and in three.

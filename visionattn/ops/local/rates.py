@@ -95,7 +95,7 @@ def _gluon_runs(device: str) -> bool:
 
     if gluon.failed or fused.forward_choice == "triton" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return triton.__version__.startswith(gluon.MEASURED) and gluon._missing() is None
+    return triton.__version__.startswith(gluon.MEASURED) and gluon.cannot_build_gluon(gluon.KERNELS) is None
 
 
 def text_rows_of(call: Call, device: str | None = None, plan=None) -> Kernel:

@@ -1,6 +1,5 @@
 """Launches the Gluon kernel of kernels_hopper.py: mixture-of-head attention on GPUs of compute capability 9.0."""
 
-import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -8,7 +7,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from visionattn.ops._triton import cannot_build_gluon
+
 from . import fused
+
+KERNELS = "visionattn.ops.moh.kernels_hopper"
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Setting:
     """Warpgroups of 64 queries, keys of a tile, tiles in flight; registers per thread: warpgroups', loading warp's.
 
     programs: of one multiprocessor. turns: two warpgroups issue their products in turns.
-    lazy: the running maximum may lag (kernels_hopper.softmax).
+    lazy: the running maximum may lag (ops/_hopper.softmax).
     """
 
     groups: int = 2
@@ -49,7 +52,7 @@ def reason(q, k, v) -> str | None:
         return "needs a token"
     if not all(x.stride(-1) == 1 and fused.suits_descriptor(x) for x in (q, k, v)):
         return "needs addresses and strides of q, k and v that are multiples of 16 bytes"
-    return _missing()
+    return cannot_build_gluon(KERNELS)
 
 
 def _static_reason(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
@@ -62,17 +65,6 @@ def _static_reason(device: torch.device, dtype: torch.dtype, dim: int) -> str | 
     return None
 
 
-@functools.cache
-def _missing() -> str | None:
-    if triton.knobs.runtime.interpret:
-        return "Gluon has no interpreter"
-    try:
-        from . import kernels_hopper  # noqa: F401
-    except Exception as e:  # Gluon is experimental: names move between versions
-        return f"needs Gluon as in triton 3.6 to 3.8: {type(e).__name__}: {e}"
-    return None
-
-
 def taken(device: torch.device, dtype: torch.dtype, dim: int, which: str) -> bool:
     """Whether tensors like these run with it, if their strides allow it.
 
@@ -80,7 +72,7 @@ def taken(device: torch.device, dtype: torch.dtype, dim: int, which: str) -> boo
     """
     if which == "triton" or (which == "auto" and (failed or not triton.__version__.startswith(MEASURED))):
         return False
-    return _static_reason(device, dtype, dim) is None and _missing() is None
+    return _static_reason(device, dtype, dim) is None and cannot_build_gluon(KERNELS) is None
 
 
 def choose(q, k, v, which: str) -> Setting | None:
