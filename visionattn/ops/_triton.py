@@ -1,6 +1,7 @@
 """Where Triton kernels can run at all, and which of them ``'auto'`` takes."""
 
 import os
+import warnings
 from functools import cache
 from importlib import import_module
 
@@ -62,6 +63,14 @@ def _cannot_run_on(device: str) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"compute capability {torch.cuda.get_device_capability(device)} is below 8.0"
     return None
+
+
+def give_up(failed: list[str], error: Exception, instead: str) -> None:
+    """Adds to the list why a kernel failed to compile or to start, and says the first time what runs instead."""
+    lines = str(error).strip().splitlines() or [""]
+    failed.append(f"{type(error).__name__}: {lines[0][:300]}")
+    if len(failed) == 1:
+        warnings.warn(f"{instead}, which failed: {failed[0]}", stacklevel=3)
 
 
 @cache

@@ -8,6 +8,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from visionattn.ops._triton import give_up
+
 from . import kernels, kernels_backward, tables
 from . import text as text_rows
 from .patterns import Cross, Disk, Grid, Pattern, radius_squared
@@ -324,7 +326,7 @@ def _gluon_forward(p: Plan, q, k, v, out, lse) -> bool:
     except Exception as e:  # whatever Gluon, the assembler or the driver say
         if forward_choice == "gluon":
             raise
-        gluon.give_up(e)
+        give_up(gluon.failed, e, "local_attention runs Triton's kernels, not Gluon's")
         return False
     return True
 

@@ -1,7 +1,6 @@
 """Launches the Gluon kernels (kernels_hopper.py, kernels_disk.py): the forward pass on compute capability 9.0."""
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,14 +129,6 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> Setti
 
 
 failed: list[str] = []
-
-
-def give_up(error: Exception) -> None:
-    """Remembers, and says once, that these kernels don't run here: the Triton kernels do instead."""
-    lines = str(error).strip().splitlines() or [""]
-    failed.append(f"{type(error).__name__}: {lines[0][:300]}")
-    if len(failed) == 1:
-        warnings.warn(f"local_attention runs Triton's kernels, not Gluon's, which failed: {failed[0]}", stacklevel=2)
 
 
 def _describe(found, block):

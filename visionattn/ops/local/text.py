@@ -7,10 +7,11 @@ of one batch, and the chunks' outputs are joined by their log-sum-exps, as those
 
 import functools
 import os
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
+
+from visionattn.ops._triton import give_up
 
 from .attend import cudnn_reason, with_lse
 
@@ -98,16 +99,6 @@ def cut(keys: int, count: int) -> Chunks:
 failed: list[str] = []
 
 
-def give_up(error: Exception) -> None:
-    """Remembers, and says once, that cuDNN doesn't run here: the Triton kernel does instead."""
-    lines = str(error).strip().splitlines() or [""]
-    failed.append(f"{type(error).__name__}: {lines[0][:300]}")
-    if len(failed) == 1:
-        warnings.warn(
-            f"local_attention runs text rows by Triton's kernel, not cuDNN's, which failed: {failed[0]}", stacklevel=2
-        )
-
-
 def try_forward(p, q, k, v, out, lse) -> bool:
     """Whether cuDNN wrote the text rows of a plan; where it fails, Triton's kernel runs from then on."""
     if p.text_chunks is None or (failed and choice == "auto"):
@@ -119,7 +110,7 @@ def try_forward(p, q, k, v, out, lse) -> bool:
     except Exception as e:  # whatever cuDNN or its frontend say
         if choice == "cudnn":
             raise
-        give_up(e)
+        give_up(failed, e, "local_attention runs text rows by Triton's kernel, not cuDNN's")
         return False
     return True
 

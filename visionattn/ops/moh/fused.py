@@ -10,6 +10,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from visionattn.ops._triton import give_up
+
 from . import kernels
 
 FORWARD_CHOICES = ("auto", "triton", "gluon")
@@ -157,7 +159,7 @@ def best_forward(q, k, v, gates, scale: float) -> torch.Tensor:
         except Exception as e:
             if forward_choice == "gluon":
                 raise
-            gluon.give_up(e)
+            give_up(gluon.failed, e, "moh_attention runs Triton's kernel, not Gluon's")
     return forward(q, k, v, gates, scale)
 
 
