@@ -8,6 +8,8 @@
 A step is one call of the U-Net with both halves of classifier-free guidance. Rows: ``dense`` (PyTorch's attention);
 ``tome``, merged tokens alone, the late setting; ``agents``, the early setting; ``schedule``, the published 20 steps of
 50 with agents and 30 without, computed from these two. Times are medians; dense is measured before and after the rest.
+``launches`` and ``gpu_ms`` are the kernels of one call and the time that they themselves take, by PyTorch's profiler:
+where ``ms`` is much more than that, the step waits for Python to launch them, and a patch can't make it faster.
 The text encoder and the decoder are not in it. Rows are written at the end of each size, under a temporary name first.
 """
 
@@ -25,7 +27,10 @@ import visionattn
 from visionattn._files import atomic_write
 from visionattn.diffusion.agent_sd_plan import EARLY, LATE
 
-COLUMNS = ("device", "torch", "dtype", "mode", "size", "ratio", "row", "ms", "dense_over_row", "peak_gib", "calls")
+COLUMNS = (
+    "device", "torch", "dtype", "mode", "size", "ratio", "row", "ms", "dense_over_row", "gpu_ms", "launches",
+    "peak_gib", "calls",
+)  # fmt: skip
 
 
 def build(tiny: bool, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -52,9 +57,22 @@ def seconds(call, device: str) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def kernels(call, device: str) -> tuple[float | None, int | None]:
+    """Milliseconds of a call's kernels and copies alone, and how many there are; None without a GPU."""
+    if device == "cpu":
+        return None, None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    ran = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in ran) / 1000, len(ran)
+
+
 @torch.no_grad()
 def times(unet: torch.nn.Module, inputs: tuple, name: str, ratio: float | None, args: argparse.Namespace) -> tuple:
-    """Seconds of each call of one row, and its peak memory in GiB; an error if the patch did something else."""
+    """Each call's seconds, :func:`kernels`, and peak memory in GiB of one row; an error if it ran something else."""
     if args.compile:
         torch._dynamo.reset()  # a patch's hooks are part of the graphs
     handle = None
@@ -75,29 +93,30 @@ def times(unet: torch.nn.Module, inputs: tuple, name: str, ratio: float | None, 
             agents = [plan for plan in plans if plan.agents is not None]
             if not plans or len(agents) != (len(plans) if name == "agents" else 0):
                 raise RuntimeError(f"{name} at ratio {ratio} did not run as such:\n{handle.report()}")
-        return took, None if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+        peak = None if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+        return took, kernels(lambda: unet(*inputs), args.device), peak
     finally:
         if handle is not None:
             handle.remove()
 
 
 def measure(unet: torch.nn.Module, size: int, args: argparse.Namespace) -> list[tuple]:
-    """(ratio, row, seconds, dense over row, peak, calls) of one size; dense is measured before and after the others."""
+    """(ratio, row, seconds, dense over row, GPU ms, launches, peak, calls) of one size; dense before and after."""
     side = size // 8
     kind = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     inputs = (torch.randn(2, 4, side, side, **kind), 981, torch.randn(2, 77, 768, **kind))
-    dense, peak = times(unet, inputs, "dense", None, args)
+    dense, ran, peak = times(unet, inputs, "dense", None, args)
     rows = [(r, name, *times(unet, inputs, name, r, args)) for r in args.ratios for name in ("tome", "agents")]
     dense += times(unet, inputs, "dense", None, args)[0]
     whole = statistics.median(dense)
-    out = [(None, "dense", whole, 1.0, peak, len(dense))]
-    for ratio, name, took, peak in rows:
+    out = [(None, "dense", whole, 1.0, *ran, peak, len(dense))]
+    for ratio, name, took, ran, peak in rows:
         s = statistics.median(took)
-        out.append((ratio, name, s, whole / s, peak, len(took)))
+        out.append((ratio, name, s, whole / s, *ran, peak, len(took)))
     for ratio in args.ratios:
-        late, early = (statistics.median(t) for r, _, t, _ in rows if r == ratio)
-        mean = (20 * early + 30 * late) / 50
-        out.append((ratio, "schedule", mean, whole / mean, None, None))
+        late, early = ((statistics.median(row[2]), row[3][0]) for row in rows if row[0] == ratio)
+        mean, busy = ((20 * a + 30 * b) / 50 if a else None for a, b in zip(early, late, strict=True))
+        out.append((ratio, "schedule", mean, whole / mean, busy, None, None, None))
     return out
 
 
@@ -142,8 +161,9 @@ def main() -> None:
         if time.time() - started > args.seconds:
             print(f"{size} px: left out, the time is up", flush=True)
             continue
-        for ratio, row, s, gain, peak, calls in measure(unet, size, args):
-            values = (ratio, row, round(1000 * s, 3), round(gain, 3), peak and round(peak, 2), calls)
+        for ratio, row, s, gain, busy, launches, peak, calls in measure(unet, size, args):
+            values = (ratio, row, round(1000 * s, 3), round(gain, 3), busy and round(busy, 3), launches)
+            values += (peak and round(peak, 2), calls)
             table.append((name, version, args.dtype, mode, size, *values))
             print(size, *values, flush=True)
         write(out, table)

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 import visionattn  # noqa: E402
 from tests.fixtures import fixtures  # noqa: E402
 from visionattn.diffusion.agent_sd_plan import EARLY, LATE, Schedule  # noqa: E402
-from visionattn.ops.token_merging import match_tokens, merge_tokens, unmerge_tokens  # noqa: E402
+from visionattn.ops.token_merging import destination_tokens, match_tokens, merge_tokens, seats, unmerge_tokens  # noqa: E402
 
 from . import pipelines, tiny  # noqa: E402
 
@@ -99,19 +99,21 @@ def test_merging_is_its_definition(grid, cell, monkeypatch):
     monkeypatch.setattr("visionattn.ops.token_merging._SCORES", 50)  # in parts
     x = normal(2, math.prod(grid), 6)
     choice = torch.randint(math.prod(cell), (grid[0] // cell[0], grid[1] // cell[1]))
-    matching = match_tokens(x, grid, cell, choice)
-    for merged in (0, 1, matching.sources.shape[1] // 2, matching.sources.shape[1]):
-        y = merge_tokens(x, matching, merged)
+    matching = match_tokens(x, destination_tokens(grid, cell, choice))
+    for merged in (0, 1, matching.sources // 2, matching.sources):
+        places = seats(matching, merged)
+        y = merge_tokens(x, places)
         assert y.shape == (2, math.prod(grid) - merged, 6)
-        back = unmerge_tokens(y, matching, merged)
+        back = unmerge_tokens(y, places)
         for b in range(2):
             owner = merged_by_hand(x[b], grid, cell, choice, merged)
             means = {o: x[b][[i for i, p in enumerate(owner) if p == o]].mean(0) for o in set(owner)}
             torch.testing.assert_close(back[b], torch.stack([means[o] for o in owner]))
-    small = match_tokens(x, grid, (grid[0] + 1, 1))  # no whole cell: nothing to merge
-    assert small.sources.shape == (2, 0) and merge_tokens(x, small, 0) is x
-    with pytest.raises(ValueError, match="are no grid"):
-        match_tokens(x, (grid[0], grid[1] + 1), cell)
+    small = match_tokens(x, destination_tokens(grid, (grid[0] + 1, 1)))  # no whole cell: nothing to merge
+    assert small.partners.shape == (2, 0) and merge_tokens(x, seats(small, 0)) is x
+    alike = x[:, :1].expand_as(x).half()  # all merge into one, whose mean is theirs
+    means = merge_tokens(alike, seats(match_tokens(alike, destination_tokens(grid, cell)), matching.sources))
+    assert torch.equal(means, alike[:, : means.shape[1]])
 
 
 def test_the_formula_at_other_sizes():
@@ -124,10 +126,10 @@ def test_the_formula_at_other_sizes():
     ) as handle:  # fmt: skip
         out = net(x, 100, context)
         (session,) = handle.sessions
-        matching = match_tokens(tokens, (9, 7), (3, 3), session.draws[1][0])
-        assert not torch.equal(matching.destinations, match_tokens(tokens, (9, 7), (3, 3)).destinations)
+        matching = match_tokens(tokens, session.destinations[1][0])
+        assert not torch.equal(matching.destinations, destination_tokens((9, 7), (3, 3)))
         y, attn = block.norm1(tokens), block.attn1
-        agents = merge_tokens(y, matching, 63 - 6)
+        agents = merge_tokens(y, seats(matching, 63 - 6))
         q, k, v, a = (
             f(t).unflatten(2, (3, 8)).transpose(1, 2)
             for f, t in ((attn.to_q, y), (attn.to_k, y), (attn.to_v, y), (attn.to_q, agents))
@@ -143,13 +145,13 @@ def test_the_formula_at_other_sizes():
     ):  # fmt: skip
         out = net(x, 100, context)
     with torch.no_grad():
-        matching = match_tokens(tokens, (9, 7), (2, 2))
+        places = seats(match_tokens(tokens, destination_tokens((9, 7), (2, 2))), 25)
         h = tokens + block.attn1(block.norm1(tokens))
         for part, norm, more in (
             (block.attn2, block.norm2, {"encoder_hidden_states": context}),
             (block.ff, block.norm3, {}),
         ):
-            h = h + unmerge_tokens(part(merge_tokens(norm(h), matching, 25), **more), matching, 25)
+            h = h + unmerge_tokens(part(merge_tokens(norm(h), places), **more), places)
     torch.testing.assert_close(out, h.transpose(1, 2).unflatten(2, (9, 7)))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from visionattn.ops.agent import agent_attention
-from visionattn.ops.token_merging import match_tokens, merge_tokens, unmerge_tokens
+from visionattn.ops.token_merging import destination_tokens, match_tokens, merge_tokens, seats, unmerge_tokens
 
 from .agent_sd_plan import DEFAULT, EARLY, Cells, Options, Plan, Schedule
 from .patch import Handle
@@ -131,16 +131,16 @@ class Block:
         """Makes the plan of a call with tokens x (B, N, C)."""
         self.plan, self.reason = self.session.plan(self, x)
         if not torch.compiler.is_compiling():
-            kind = "dense" if self.plan is None else "merged" if self.plan.gathered is None else "agent"
+            kind = "dense" if self.plan is None else "merged" if self.plan.agents is None else "agent"
             self.calls[kind] += 1
 
     def attend(self, attn: nn.Module, x: torch.Tensor, original: Callable) -> torch.Tensor:
         """Self-attention of normed tokens x (B, N, C) by the plan."""
         plan, options = self.plan, self.session.options
-        y = merge_tokens(x, plan.matching, plan.merged)
-        if plan.gathered is None:
-            return unmerge_tokens(original(attn, y), plan.matching, plan.merged)
-        agents = attn.to_q(merge_tokens(x, plan.matching, plan.gathered))
+        y = merge_tokens(x, plan.seats)
+        if plan.agent_seats is None:
+            return unmerge_tokens(original(attn, y), plan.seats)
+        agents = attn.to_q(merge_tokens(x, plan.agent_seats))
         q, k, v, agents = (
             t.unflatten(-1, (attn.heads, -1)) for t in (attn.to_q(y), attn.to_k(y), attn.to_v(y), agents)
         )
@@ -149,9 +149,9 @@ class Block:
         if attn.norm_k is not None:
             k = attn.norm_k(k)
         spread = q.shape[-1] ** (-0.5 * options.k_scale2)
-        out = agent_attention(q, k, v, agents, query_scale=spread) + options.k_shortcut * v
+        out = agent_attention(q, k, v, agents, query_scale=spread).add(v, alpha=options.k_shortcut)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(x.dtype)))
-        return unmerge_tokens(out, plan.matching, plan.merged)
+        return unmerge_tokens(out, plan.seats)
 
 
 class AgentProcessor:
@@ -235,7 +235,7 @@ class AgentSession:
         self.seed = seed
         self.size: tuple[int, int] | None = None
         self.cells = EARLY
-        self.draws: dict[int, torch.Tensor] = {}
+        self.destinations: dict[int, torch.Tensor] = {}  # (blocks, D) by the factor of a map to the latents
         self.blocks = [
             Block(self, name, block, i)
             for i, (name, block) in enumerate(_patchable(self.module, options.max_downsample).items())
@@ -276,13 +276,13 @@ class AgentSession:
         def before(module, args):
             plan = block.plan
             if plan is not None and args[0].shape[1] == plan.tokens:
-                return (merge_tokens(args[0], plan.matching, plan.merged), *args[1:])
+                return (merge_tokens(args[0], plan.seats), *args[1:])
             return None
 
         def after(module, args, out):
             plan = block.plan
-            if plan is not None and plan.merged and out.shape[1] == plan.tokens - plan.merged:
-                return unmerge_tokens(out, plan.matching, plan.merged)
+            if plan is not None and plan.merged and out.shape[1] == plan.seats.left:
+                return unmerge_tokens(out, plan.seats)
             return None
 
         self._hooks += [part.register_forward_pre_hook(_Hook(before)), part.register_forward_hook(_Hook(after))]
@@ -296,20 +296,26 @@ class AgentSession:
         self.cells = self.schedule.advance(now)
         self.generator.manual_seed(1_000_003 * self.seed + round(1000 * (now or 0.0)))
         self.size = tuple(sample.shape[-2:]) if isinstance(sample, torch.Tensor) and sample.ndim >= 4 else None
-        self.draws = {}
-        if self.size is not None and self.options.use_rand and sample.shape[0] % 2 == 0:
-            self._draw(sample.device)
+        self.destinations = {}
+        if self.size is not None:
+            self._choose(sample)
         for block in self.blocks:
             self._wrap(block)
 
-    def _draw(self, device: torch.device) -> None:
+    def _choose(self, sample: torch.Tensor) -> None:
         """Every block's destinations, at every resolution that it might have: before the call, outside of graphs."""
+        draw = self.options.use_rand and sample.shape[0] % 2 == 0
+        cell = (self.cells.sy, self.cells.sx)
         for factor in (1, 2, 4, 8):
-            if factor <= self.options.max_downsample:
-                rows, cols = self._grid(factor)
-                shape = (len(self.blocks), rows // self.cells.sy, cols // self.cells.sx)
-                choice = torch.randint(self.cells.sx * self.cells.sy, shape, generator=self.generator)
-                self.draws[factor] = choice.to(device, non_blocking=True)
+            if factor > self.options.max_downsample:
+                break
+            grid, choice = self._grid(factor), None
+            if draw:
+                shape = (len(self.blocks), grid[0] // cell[0], grid[1] // cell[1])
+                choice = torch.randint(math.prod(cell), shape, generator=self.generator, dtype=torch.int16)
+                choice = choice.to(sample.device, non_blocking=True)
+            into = destination_tokens(grid, cell, choice, sample.device)
+            self.destinations[factor] = into.expand(len(self.blocks), -1)
 
     def _grid(self, factor: int) -> tuple[int, int]:
         h, w = self.size
@@ -327,14 +333,13 @@ class AgentSession:
         if math.prod(grid) != tokens:
             return None, f"{tokens} tokens are not the latents' {grid[0]} x {grid[1]}"
         block.grid = grid
-        draws = self.draws.get(factor)
-        choice = None if draws is None else draws[block.number]
-        matching = match_tokens(x, grid, (cells.sy, cells.sx), choice)
-        sources = matching.sources.shape[1]
+        destinations = self.destinations[factor][block.number]
+        sources = tokens - len(destinations) if len(destinations) else 0
         merged = min(int(tokens * options.ratio), sources)
         gathered = min(int(tokens * cells.agent_ratio), sources)
         few = 2 * (tokens - gathered) < tokens - merged
-        return Plan(matching, tokens, merged, gathered if few else None), None
+        matching = match_tokens(x, destinations)
+        return Plan(tokens, merged, seats(matching, merged), seats(matching, gathered) if few else None), None
 
 
 def _beginner(block: Block) -> Callable:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from visionattn.ops.token_merging import Matching
+from visionattn.ops.token_merging import Seats
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ DEFAULT = Cells(2, 2, 0.8)  # the release's arguments where only some are given
 
 @dataclass
 class Plan:
-    """What one call of one block does: ``merged`` tokens of ``tokens``, and for the agents ``gathered`` of them."""
+    """What one call of one block does: ``merged`` tokens of ``tokens``, and where each of them goes."""
 
-    matching: Matching
     tokens: int
     merged: int
-    gathered: int | None  # None: no agents
+    seats: Seats
+    agent_seats: Seats | None  # None: no agents
 
     @property
     def agents(self) -> int | None:
-        return None if self.gathered is None else self.tokens - self.gathered
+        return None if self.agent_seats is None else self.agent_seats.left
 
     @property
     def pairs(self) -> int:
         """Products of a query and a key that attention computes."""
         left = self.tokens - self.merged
-        return left**2 if self.gathered is None else 2 * left * self.agents
+        return left**2 if self.agents is None else 2 * left * self.agents
 
 
 @dataclass(frozen=True)

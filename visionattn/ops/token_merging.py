@@ -5,103 +5,107 @@ averaged into it. :func:`match_tokens` decides, :func:`merge_tokens` and :func:`
 decision serves any number of merged tokens.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-_SCORES = 1 << 27  # of one product of sources and destinations; more come in parts
+_SCORES = 1 << 27  # of one product of tokens and destinations; more come in parts
 
 
 class Matching(NamedTuple):
     """Who would be merged into whom.
 
-    ``destinations`` (D,) are tokens, the same in the whole batch; ``sources`` (B, S) the other tokens, best match
-    first; ``partners`` (B, S) each source's position in ``destinations``.
+    ``destinations`` (D,) are tokens in rising order, the same in the whole batch; ``order`` (B, N) all tokens: the
+    sources, best match first, then the destinations; ``partners`` (B, N) each one's position in ``destinations``, in
+    that order.
     """
 
     destinations: torch.Tensor
-    sources: torch.Tensor
+    order: torch.Tensor
     partners: torch.Tensor
+
+    @property
+    def sources(self) -> int:
+        """How many tokens are no destination, and so can be merged."""
+        return self.order.shape[1] - self.destinations.shape[0]
+
+
+class Seats(NamedTuple):
+    """Where every token lies once some are merged: ``places`` (B, N) in a sequence of ``left`` tokens."""
+
+    places: torch.Tensor | None  # None: nothing is merged
+    left: int
 
 
 def destination_tokens(
     grid: tuple[int, int], cell: tuple[int, int], choice: torch.Tensor | None = None, device=None
 ) -> torch.Tensor:
-    """One token of every whole cell of the grid, (D,), cells row by row.
+    """One token of every whole cell of the grid, in rising order, (D,) or (..., D).
 
     Args:
         grid: rows and columns of the tokens; a rest at the bottom and at the right belongs to no cell.
         cell: rows and columns of a cell.
-        choice: (grid rows // cell rows, grid columns // cell columns), which token of its cell, counted row by row; the
-            top left one where None.
+        choice: (..., grid rows // cell rows, grid columns // cell columns), which token of its cell, counted row by
+            row; the top left one where None.
     """
     (H, W), (h, w) = grid, cell
     rows = torch.arange(H // h, device=device)[:, None] * h
     cols = torch.arange(W // w, device=device)[None, :] * w
-    if choice is not None:
-        rows, cols = rows + choice // w, cols + choice % w
-    return (rows * W + cols).flatten()
+    if choice is None:
+        return (rows * W + cols).flatten()
+    choice = choice.long()
+    return ((rows + choice // w) * W + cols + choice % w).flatten(-2).sort(dim=-1).values
 
 
 @torch.no_grad()
-def match_tokens(
-    x: torch.Tensor, grid: tuple[int, int], cell: tuple[int, int], choice: torch.Tensor | None = None
-) -> Matching:
-    """Finds each source's most similar destination by the cosine of tokens x (B, H * W, C).
+def match_tokens(x: torch.Tensor, destinations: torch.Tensor) -> Matching:
+    """Finds each source's most similar destination by the cosine of tokens x (B, N, C).
 
     Args:
-        grid, cell, choice: see :func:`destination_tokens`; a grid smaller than a cell has no sources.
-
-    Raises:
-        ValueError: if the tokens are not the grid's.
+        destinations: (D,) tokens, of :func:`destination_tokens`; without any there are no partners.
     """
-    B, N, _ = x.shape
-    if math.prod(grid) != N:
-        raise ValueError(f"match_tokens: {N} tokens are no grid of {grid[0]} x {grid[1]}: give the tokens' own grid")
-    into = destination_tokens(grid, cell, choice, x.device)
-    if len(into) == 0:
-        none = torch.empty(B, 0, dtype=torch.long, device=x.device)
-        return Matching(into, none, none)
-    taken = torch.zeros(N, dtype=torch.uint8, device=x.device).index_fill(0, into, 1)
-    others = taken.argsort(stable=True)[: N - len(into)]  # raster order, and no wait for the GPU
-    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    targets = unit[:, into].transpose(1, 2)
-    best, partners = [], []
-    for part in others.split(max(_SCORES // (B * len(into)), 1)):
-        values, indices = (unit[:, part] @ targets).max(dim=-1)
-        best.append(values)
-        partners.append(indices)
-    order = torch.cat(best, dim=1).argsort(dim=1, descending=True, stable=True)
-    return Matching(into, others[order], torch.cat(partners, dim=1).gather(1, order))
+    B, N, C = x.shape
+    if len(destinations) == 0:
+        order = torch.arange(N, device=x.device).expand(B, N)
+        return Matching(destinations, order[:, :0], order[:, :0])
+    unit = F.rms_norm(x, (C,), eps=torch.finfo(torch.float32).tiny)  # C ** 0.5 times as long, which no order feels
+    targets = unit.index_select(1, destinations).transpose(1, 2)
+    rows = max(_SCORES // (B * len(destinations)), 1)
+    found = [(part @ targets).max(dim=-1) for part in unit.split(rows, dim=1)]
+    best, partners = found[0] if len(found) == 1 else (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+    best.index_fill_(1, destinations, -torch.inf)  # to the end, in rising order
+    order = best.argsort(dim=1, descending=True, stable=True)
+    return Matching(destinations, order, partners.gather(1, order))
 
 
-def merge_tokens(x: torch.Tensor, matching: Matching, merged: int) -> torch.Tensor:
-    """The first ``merged`` sources averaged into their destinations, these included in the means.
-
-    Returns:
-        (B, N - merged, C): the other sources, then the destinations; x (B, N, C) itself if nothing is merged.
-    """
+def seats(matching: Matching, merged: int) -> Seats:
+    """Every token's place once the first ``merged`` sources are merged: other sources first, then destinations."""
+    order, partners = matching.order, matching.partners
+    left = order.shape[1] - merged
     if merged == 0:
+        return Seats(None, left)
+    kept = torch.arange(left, device=order.device).expand(len(order), left)
+    first = matching.sources - merged  # the first destination's place
+    into = partners[:, :merged] + first if first else partners[:, :merged]
+    places = torch.cat([into, kept], dim=1)
+    return Seats(torch.empty_like(places).scatter_(1, order, places), left)
+
+
+def merge_tokens(x: torch.Tensor, seats: Seats) -> torch.Tensor:
+    """Tokens x (B, N, C) as (B, left, C): the means of those that share a seat, summed in float32 at least."""
+    if seats.places is None:
         return x
-    gone, kept = matching.sources[:, :merged], matching.sources[:, merged:]
-    partners = matching.partners[:, :merged]
-    into = x[:, matching.destinations].scatter_reduce(1, _wide(partners, x), x.gather(1, _wide(gone, x)), "mean")
-    return torch.cat([x.gather(1, _wide(kept, x)), into], dim=1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = x.new_zeros(len(x), seats.left, x.shape[2], dtype=wide)
+    sums = sums.scatter_add(1, _wide(seats.places, x), x.to(wide))
+    counts = x.new_zeros(len(x), seats.left, 1, dtype=wide).scatter_(1, seats.places.unsqueeze(2), 1.0, reduce="add")
+    return (sums / counts).to(x.dtype)
 
 
-def unmerge_tokens(y: torch.Tensor, matching: Matching, merged: int) -> torch.Tensor:
+def unmerge_tokens(y: torch.Tensor, seats: Seats) -> torch.Tensor:
     """Tokens (B, N, C) from those of :func:`merge_tokens`: a merged source takes its destination's value."""
-    if merged == 0:
-        return y
-    B, _, C = y.shape
-    sources, into = matching.sources, matching.destinations
-    kept, values = y.split([sources.shape[1] - merged, len(into)], dim=1)
-    out = y.new_empty(B, sources.shape[1] + len(into), C)
-    out[:, into] = values
-    out.scatter_(1, _wide(sources[:, merged:], y), kept)
-    gone = values.gather(1, _wide(matching.partners[:, :merged], y))
-    return out.scatter_(1, _wide(sources[:, :merged], y), gone)
+    return y if seats.places is None else y.gather(1, _wide(seats.places, y))
 
 
 def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
