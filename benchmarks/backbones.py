@@ -7,9 +7,10 @@
 
 ``NAME@global`` is the host of NAME with fused softmax attention over all tokens of each stage; ``NAME:key=value``
 overrides an argument of the model. Every model has a turn in every round; the numbers are medians over rounds. bfloat16
-autocast, random weights. ``compile`` is torch.compile's default mode, ``cudagraphs`` its mode 'reduce-overhead'. Rows
-go to a CSV file as soon as they are known; rows that the file has are skipped, and with ``--minutes`` a run stops in
-time, so that the next one goes on. Where the time goes: profile_model.py.
+autocast, random weights. ``captured`` is the eager step as one CUDA graph, ``compile`` torch.compile's default mode,
+``cudagraphs`` its mode 'reduce-overhead'. Rows go to a CSV file as soon as they are known; rows that the file has are
+skipped, and with ``--minutes`` a run stops in time, so that the next one goes on. profile_model.py says where the time
+goes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -74,7 +76,7 @@ class Case:
 
     def __init__(self, spec: str, task: str, mode: str, size: int, batch: int, channels_last: bool, device: str):
         self.row = dict(model=spec, task=task, mode=mode, size=size, batch=batch, channels_last=int(channels_last))
-        self.device = device
+        self.device, self.replay = device, None
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         model = build(spec, size).to(device)
         self.row["Mparams"] = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
@@ -86,9 +88,13 @@ class Case:
         self.forward = torch.compile(model, mode=compiled[mode]) if mode in compiled else model
         self.train = task == "train"
         if self.train:
-            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+            self.optimizer = torch.optim.AdamW(
+                model.parameters(), lr=1e-5, fused=device == "cuda", capturable=mode == "captured"
+            )
+        if mode == "captured":
+            self.replay = self.capture()
         for i in range(4):
-            if i == 3 and device == "cuda":
+            if i == 3 and device == "cuda" and self.replay is None:  # a replay allocates nothing
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             self.step()
@@ -99,7 +105,23 @@ class Case:
         self.steps = max(2, min(50, round(0.25 / self.turn(2))))
         self.times.clear()
 
+    def capture(self) -> Callable[[], None]:
+        """The eager step, recorded once as a CUDA graph; its replay needs one launch from the CPU."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles kernels, and makes the optimizer's tensors
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.reset_peak_memory_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
     def step(self) -> None:
+        if self.replay is not None:
+            return self.replay()
         if self.row["mode"] == "cudagraphs":
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device, torch.bfloat16):
@@ -327,7 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--tasks", nargs="+", default=["infer", "train"], choices=["infer", "train"])
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compile", "cudagraphs"])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "captured", "compile", "cudagraphs"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scale-batch", action="store_true", help="fewer images at larger sizes: as many pixels")
@@ -342,6 +364,8 @@ def main() -> None:
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "captured" in args.modes:
+        parser.error("--modes captured: CUDA graphs need a CUDA device, and none is here; use eager or compile")
     settings()
     gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     if args.out is None:
