@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tests.extras import require_extra
 require_extra("diffusers", "diffusion")
 
 import visionattn  # noqa: E402
-from visionattn.diffusion import Disk, Neighborhood, sparsify  # noqa: E402
+from visionattn.diffusion import Disk, GridError, Neighborhood, sparsify  # noqa: E402
+from visionattn.diffusion.adapters import Flux  # noqa: E402
 
 from . import tiny  # noqa: E402
 from .tiny import noise  # noqa: E402
@@ -31,11 +33,12 @@ def masked_sdpa(monkeypatch, case, grid, pattern, references=0):
     real = F.scaled_dot_product_attention
     n = torch.Size(grid).numel()
     extra = references * grid[-1]
+    words = torch.Size(grid[-2:]).numel() if case.text is None else case.text
     calls = []
 
     def attention(query, key, value, attn_mask=None, **kwargs):
         total = query.shape[-2]
-        text = {n + extra + case.text: case.text, n + extra: 0, n: 0}.get(total)
+        text = {n + extra + words: words, n + extra: 0, n: 0}.get(total)
         if text is None or key.shape[-2] != total:
             return real(query, key, value, attn_mask=attn_mask, **kwargs)
         mask = torch.ones(total, total, dtype=torch.bool)
@@ -118,18 +121,22 @@ def test_reference_tokens_are_always_visible(name, models, monkeypatch):
     torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen", "hunyuan_video"])
-def test_prompts_of_different_lengths(name, models, monkeypatch):
+@pytest.mark.parametrize("name, references", [("qwen", 0), ("qwen", 2), ("hunyuan_video", 0), ("chroma", 0)])
+def test_prompts_of_different_lengths(name, references, models, monkeypatch):
     case, model = tiny.CASES[name], models[name]
     grid = tiny.grid_of(case, name)
-    inputs = case.inputs(grid, batch=2, lengths=[2, 4])
+    inputs = case.inputs(grid, batch=2, lengths=[2, 4], **({"references": references} if references else {}))
     with sparsify(model, Disk(2)) as handle:
         sparse = tiny.run(model, inputs)
         assert all(row["sparse"] for row in handle.report().rows), str(handle.report())
     with monkeypatch.context() as m:
-        masked_sdpa(m, case, grid, Disk(2))
+        masked_sdpa(m, case, grid, Disk(2), references)
         expected = tiny.run(model, inputs)
     torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
+    if name == "chroma":  # what diffusers' pipeline makes of it: ones and zeros, added to the logits
+        with sparsify(model, Disk(2)) as handle:
+            tiny.run(model, {**inputs, "attention_mask": inputs["attention_mask"].float()})
+            assert "padding needs a bool mask" in str(handle.report())
 
 
 @pytest.mark.parametrize("name", ["flux", "dit", "moh_dit"])
@@ -190,6 +197,75 @@ def test_dense_steps_follow_the_timestep(models):
     with sparsify(model, Disk(2), dense_until=0.5):
         assert torch.equal(tiny.run(model, {**inputs, "timestep": torch.tensor([0.7])}), dense)
         assert torch.equal(tiny.run(model, {**inputs, "timestep": torch.tensor([0.4])}), sparse[2])
+
+
+def test_dense_steps_of_timesteps_that_do_not_tell(models):
+    """Two networks of a pipeline share the count; a token's own timestep; bfloat16's, all the same but for the last."""
+    pair = SimpleNamespace(transformer=models["wan"], transformer_2=copy.deepcopy(models["wan"]))
+    inputs = tiny.CASES["wan"].inputs()
+    with sparsify(pair, Neighborhood((2, 3, 3)), dense_steps=2) as handle:
+        for _ in range(2):
+            for net, t in zip([pair.transformer] + 4 * [pair.transformer_2], (1000, 900, 800, 700, 600), strict=True):
+                tokens = torch.tensor([[0.0] * 30 + [t] * 60])
+                tiny.run(net, {**inputs, "timestep": tokens.expand(1, -1) if t < 900 else torch.tensor([t])})
+        calls = [(row["dense"], row["sparse"]) for row in handle.report().rows]
+        assert calls == 2 * [(2, 0)] + 2 * [(2, 6)]
+    pipe = SimpleNamespace(transformer=models["flux"], scheduler=SimpleNamespace(step_index=None))
+    inputs = {**tiny.CASES["flux"].inputs(), "timestep": torch.ones(1, dtype=torch.bfloat16)}
+    with sparsify(pipe, Disk(2), dense_steps=2) as handle:
+        for _ in range(2):
+            for index in (None, 1, 2, 3):
+                pipe.scheduler.step_index = index
+                tiny.run(pipe.transformer, inputs)
+                tiny.run(pipe.transformer, inputs)  # the other half of guidance
+        row = handle.report().rows[0]
+        assert (row["dense"], row["sparse"]) == (8, 8) and "dense steps of the last generation: 2" in str(
+            handle.report()
+        )
+
+
+@pytest.mark.parametrize("grid", [(2, 600), (520, 3), (1, 1), (1, 7), (300, 300)])
+def test_ids_in_the_networks_type(grid):
+    """bfloat16 knows no odd number above 256: FLUX at more than 4096 px."""
+    ids = tiny.image_ids(*grid).bfloat16()
+    assert Flux.grid(ids) == (grid, 0)
+    assert Flux.grid(torch.cat([ids, tiny.image_ids(2, 5, time=1).bfloat16()])) == (grid, 10)
+    if grid[0] > 1 and grid[1] > 1:
+        for broken in (ids.flip(0), ids[:-1], torch.cat([ids[1:], ids[:1]])):
+            with pytest.raises(GridError):
+                Flux.grid(broken)
+
+
+def test_control_networks_of_several_kinds(models, monkeypatch):
+    """A union's mode is one token more; several in one module are each patched."""
+    import diffusers
+
+    def network(**more):
+        return tiny.randomise(
+            diffusers.FluxControlNetModel(
+                patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+                guidance_embeds=True, **more,
+            )
+        )  # fmt: skip
+
+    union = network(num_mode=3)
+    inputs = {
+        **tiny.CASES["flux"].inputs(),
+        "controlnet_cond": noise(1, 30, 4, seed=8),
+        "controlnet_mode": torch.tensor([[1]]),
+    }
+    both = SimpleNamespace(
+        transformer=models["flux"], controlnet=diffusers.FluxMultiControlNetModel([union, network()])
+    )
+    with sparsify(both, Disk(2)) as handle:
+        assert len(handle.sessions) == 3
+        sparse = tiny.run(union, inputs)[-1]
+        assert [row["sparse"] for row in handle.report().rows] == [0, 0, 0, 1, 1, 0, 0], str(handle.report())
+    with monkeypatch.context() as m:
+        assert not masked_sdpa(m, tiny.Case(None, None, text=5), (tiny.HEIGHT, tiny.WIDTH), Disk(2))
+        expected = tiny.run(union, inputs)[-1]
+    torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_two_patches_at_once_and_layers(models):

@@ -18,7 +18,7 @@ class Case:
     build: Callable[[], torch.nn.Module]
     inputs: Callable[..., dict[str, Any]]
     ndim: int = 2
-    text: int = 4
+    text: int | None = 4  # None: as many as a frame has
     text_first: bool = True
 
 
@@ -59,6 +59,23 @@ def _flux_inputs(grid=(HEIGHT, WIDTH), batch=1, references=0, text=4) -> dict[st
         pooled_projections=noise(batch, 8, seed=3), timestep=torch.full((batch,), 0.5), img_ids=ids,
         txt_ids=torch.zeros(text, 3), guidance=torch.ones(batch),
     )  # fmt: skip
+
+
+def _chroma() -> torch.nn.Module:
+    return diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+
+
+def _chroma_inputs(grid=(HEIGHT, WIDTH), batch=1, text=4, lengths=None) -> dict[str, Any]:
+    inputs = _flux_inputs(grid, batch, text=text)
+    del inputs["pooled_projections"], inputs["guidance"]
+    if lengths is not None:
+        valid = torch.arange(text)[None, :] < torch.tensor(lengths)[:, None]
+        inputs["attention_mask"] = torch.cat([valid, valid.new_ones(batch, grid[0] * grid[1])], dim=1)
+    return inputs
 
 
 def _flux2() -> torch.nn.Module:
@@ -116,10 +133,10 @@ def _qwen_inputs(grid=(HEIGHT, WIDTH), batch=1, references=0, text=4, lengths=No
     )  # fmt: skip
 
 
-def _hunyuan() -> torch.nn.Module:
+def _hunyuan(patch_size=1) -> torch.nn.Module:
     return diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=8,
+        num_refiner_layers=1, patch_size=patch_size, patch_size_t=1, text_embed_dim=12, pooled_projection_dim=8,
         rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
 
@@ -149,6 +166,39 @@ def _wan_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _wan_vace() -> torch.nn.Module:
+    return diffusers.WanVACETransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12,
+        freq_dim=16, ffn_dim=32, num_layers=2, vace_layers=[0], vace_in_channels=6,
+    )  # fmt: skip
+
+
+def _wan_vace_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
+    t, h, w = grid
+    return {**_wan_inputs(grid, batch), "control_hidden_states": noise(batch, 6, t, 2 * h, 2 * w, seed=5)}
+
+
+def _wan_animate() -> torch.nn.Module:
+    return diffusers.WanAnimateTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=12, latent_channels=4,
+        out_channels=4, text_dim=12, freq_dim=16, ffn_dim=32, num_layers=2, image_dim=4,
+        motion_encoder_channel_sizes={str(n): 4 for n in (4, 8, 16)}, motion_encoder_size=16, motion_style_dim=4,
+        motion_dim=4, motion_encoder_dim=4, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )  # fmt: skip
+
+
+def _wan_animate_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
+    """The reference picture is one frame more, before the others."""
+    t, h, w = grid
+    return dict(
+        hidden_states=noise(batch, 12, t + 1, 2 * h, 2 * w), timestep=torch.full((batch,), 500),
+        encoder_hidden_states=noise(batch, 7, 12, seed=2), encoder_hidden_states_image=noise(batch, 3, 4, seed=3),
+        pose_hidden_states=noise(batch, 4, t, 2 * h, 2 * w, seed=4),
+        face_pixel_values=noise(batch, 3, 4 * t - 3, 16, 16, seed=5),
+    )  # fmt: skip
+
+
 def _ltx() -> torch.nn.Module:
     return diffusers.LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
@@ -163,6 +213,25 @@ def _ltx_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
         timestep=torch.full((batch,), 500), encoder_attention_mask=torch.ones(batch, 7),
         num_frames=t, height=h, width=w,
     )  # fmt: skip
+
+
+def _ltx_condition_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1) -> dict[str, Any]:
+    """As diffusers' pipeline with conditions: coordinates in pixels and seconds, four tokens at a later frame first."""
+    t, h, w = grid
+    axes = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid)).T
+    own = torch.stack([(8 * axes[0] - 7).clamp(min=0) / 25, 32 * axes[1], 32 * axes[2]])
+    late = own[:, :4] + torch.tensor([16 / 25, 0, 0])[:, None]
+    coords = torch.cat([late, own], dim=1).expand(batch, -1, -1)
+    timestep = torch.full((batch, 4 + t * h * w), 500.0)
+    timestep[:, :4] = 0.0
+    inputs = {**_ltx_inputs(grid, batch), "timestep": timestep, "video_coords": coords}
+    return {
+        **inputs,
+        "hidden_states": noise(batch, 4 + t * h * w, 4),
+        "num_frames": None,
+        "height": None,
+        "width": None,
+    }
 
 
 def _dit() -> torch.nn.Module:
@@ -238,11 +307,15 @@ def _cogvideox_inputs(grid=(FRAMES, HEIGHT, WIDTH), batch=1, text=4) -> dict[str
 
 CASES = {
     "flux": Case(_flux, _flux_inputs),
+    "chroma": Case(_chroma, _chroma_inputs),
     "flux2": Case(_flux2, _flux2_inputs),
     "flux3": Case(_flux3, _flux3_inputs),
     "qwen": Case(_qwen, _qwen_inputs),
     "hunyuan_video": Case(_hunyuan, _hunyuan_inputs, ndim=3, text_first=False),
     "wan": Case(_wan, _wan_inputs, ndim=3, text=0),
+    "wan_vace": Case(_wan_vace, _wan_vace_inputs, ndim=3, text=0),
+    "wan_animate": Case(_wan_animate, _wan_animate_inputs, ndim=3, text=None),
+    "ltx_condition": Case(_ltx, _ltx_condition_inputs, ndim=3, text=4),
     "ltx": Case(_ltx, _ltx_inputs, ndim=3, text=0),
     "dit": Case(_dit, _dit_inputs, text=0),
     "moh_dit": Case(_moh_dit, _dit_inputs, text=0),

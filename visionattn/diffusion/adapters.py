@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,9 +147,9 @@ def _lengths(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Flux(Adapter):
-    """FLUX.1, Kontext, Fill, ControlNets, Chroma: [text | image | references], ids (1 for a reference, row, column)."""
+    """FLUX.1, Kontext, Fill, ControlNets: [text | image | references], ids (1 for a reference, row, column)."""
 
-    models = ("FluxTransformer2DModel", "ChromaTransformer2DModel", "FluxControlNetModel")
+    models = ("FluxTransformer2DModel", "FluxControlNetModel")
 
     def sites(self, transformer):
         blocks = [("transformer_blocks", b) for b in transformer.transformer_blocks]
@@ -162,7 +163,9 @@ class Flux(Adapter):
     def layout(self, transformer, call, cache):
         ids = _need(call, "img_ids")
         grid, extra = cache(ids, self.grid)
-        return Layout(grid, _need(call, "encoder_hidden_states").shape[1], True, extra), None
+        text = _need(call, "encoder_hidden_states").shape[1]
+        text += bool(getattr(transformer, "union", False))  # a union ControlNet's mode is a token before the text
+        return Layout(grid, text, True, extra), None
 
     @staticmethod
     def grid(ids: torch.Tensor) -> tuple[tuple[int, ...], int]:
@@ -173,6 +176,24 @@ class Flux(Adapter):
         if not bool(own[:tokens].all()):
             raise GridError("the image's position ids are not together")
         return grid_of_ids(ids[:tokens], rows=1, cols=2), len(ids) - tokens
+
+
+class Chroma(Flux):
+    """Chroma: as FLUX.1, with a mask (B, text + image) of what is padding behind the text.
+
+    diffusers' pipeline makes a float mask of it, which PyTorch adds to the logits: that is no padding, and stays dense.
+    """
+
+    models = ("ChromaTransformer2DModel",)
+
+    def layout(self, transformer, call, cache):
+        layout, _ = super().layout(transformer, call, cache)
+        mask = call.get("attention_mask")
+        if mask is None:
+            return layout, None
+        if mask.dtype != torch.bool:
+            raise GridError(f"its attention_mask is {mask.dtype}, added to the logits: padding needs a bool mask")
+        return replace(layout, padded_text=True), _lengths(mask[:, : layout.text])
 
 
 class Flux2(Flux):
@@ -262,14 +283,28 @@ class Wan(Adapter):
     ndim = 3
 
     def sites(self, transformer):
-        return [Site(f"blocks.{i}.attn1", b.attn1) for i, b in enumerate(transformer.blocks)]
+        names = [name for name in ("vace_blocks", "blocks") if hasattr(transformer, name)]
+        blocks = [(name, i, block) for name in names for i, block in enumerate(getattr(transformer, name))]
+        return [Site(f"{name}.{i}.attn1", block.attn1) for name, i, block in blocks]
 
     def layout(self, transformer, call, cache):
         return Layout(_patches(_need(call, "hidden_states"), tuple(transformer.config.patch_size))), None
 
 
+class WanAnimate(Wan):
+    """Wan 2.2 Animate: as Wan; the first frame is the reference picture, which all see."""
+
+    models = ("WanAnimateTransformer3DModel",)
+
+    def layout(self, transformer, call, cache):
+        frames, height, width = super().layout(transformer, call, cache)[0].grid
+        if frames < 2:
+            raise GridError("there is no frame but the reference")
+        return Layout((frames - 1, height, width), height * width), None
+
+
 class LTX(Adapter):
-    """LTX-Video: self-attention over the video alone; the grid is in the call's arguments."""
+    """LTX-Video: self-attention over [conditions | video]; the grid is in the call's arguments, or coordinates."""
 
     models = ("LTXVideoTransformer3DModel",)
     ndim = 3
@@ -278,8 +313,23 @@ class LTX(Adapter):
         return [Site(f"transformer_blocks.{i}.attn1", b.attn1) for i, b in enumerate(transformer.transformer_blocks)]
 
     def layout(self, transformer, call, cache):
+        coordinates = call.get("video_coords")
+        if coordinates is not None:
+            return Layout(*cache(coordinates, self.grid)), None
         grid = tuple(int(_need(call, name)) for name in ("num_frames", "height", "width"))
         return Layout(grid), None
+
+    @staticmethod
+    def grid(coordinates: torch.Tensor) -> tuple[tuple[int, ...], int]:
+        """Grid of a video's coordinates (B, 3, N), and the tokens of conditions, at later frames, that lie before it.
+
+        Steps differ from axis to axis and along the frames: coordinates are numbered first.
+        """
+        places = coordinates[0].detach().to("cpu").T
+        starts = (places == places.amin(0)).all(dim=1).nonzero()
+        conditions = int(starts[-1]) if len(starts) else 0
+        own = [axis.unique(return_inverse=True)[1] for axis in places[conditions:].T]
+        return grid_of_ids(torch.stack(own, dim=1), frames=0, rows=1, cols=2), conditions
 
 
 def _processor(name: str) -> Callable:
@@ -362,8 +412,18 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     return adapter
 
 
-for _adapter in (Flux, Flux2, Flux3, QwenImage, HunyuanVideo, Wan, LTX, DiT, SD3, CogVideoX):
+for _adapter in (Flux, Chroma, Flux2, Flux3, QwenImage, HunyuanVideo, Wan, WanAnimate, LTX, DiT, SD3, CogVideoX):
     register_adapter(_adapter)
+
+
+def _find(transformer: nn.Module) -> Adapter | None:
+    module = getattr(transformer, "_orig_mod", transformer)
+    return next((_adapters[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _adapters), None)
+
+
+def has_adapter(transformer: nn.Module) -> bool:
+    """Whether :func:`adapter_of` finds one."""
+    return _find(transformer) is not None
 
 
 def adapter_of(transformer: nn.Module) -> Adapter:
@@ -372,11 +432,11 @@ def adapter_of(transformer: nn.Module) -> Adapter:
     Raises:
         ValueError: with the list of those that have one.
     """
-    module = getattr(transformer, "_orig_mod", transformer)
-    for cls in type(module).__mro__:
-        if cls.__name__ in _adapters:
-            return _adapters[cls.__name__]
-    raise ValueError(
-        f"{type(module).__name__} has no adapter; {', '.join(sorted(_adapters))} have one: "
-        "write another with visionattn.diffusion.register_adapter"
-    )
+    found = _find(transformer)
+    if found is None:
+        name = type(getattr(transformer, "_orig_mod", transformer)).__name__
+        raise ValueError(
+            f"{name} has no adapter; {', '.join(sorted(_adapters))} have one: write another with "
+            "visionattn.diffusion.register_adapter"
+        )
+    return found

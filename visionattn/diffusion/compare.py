@@ -291,8 +291,8 @@ class _Run:
 
 def _leading(session: Any) -> int:
     """Dense steps that a warm-up has to pass; as many as there are where a timestep ends them."""
-    until = getattr(session, "dense_until", None)
-    return getattr(session, "dense_steps", 0) if until is None else 10_000
+    steps = getattr(session, "steps", None)  # AgentSD has none
+    return 0 if steps is None else steps.first if steps.until is None else 10_000
 
 
 def frames_of(out: Any) -> list[np.ndarray]:

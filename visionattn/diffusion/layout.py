@@ -1,5 +1,6 @@
 """Where the grid and the text lie in a transformer's joint sequence."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -51,18 +52,23 @@ class GridError(ValueError):
 def grid_of_ids(ids: torch.Tensor, rows: int, cols: int, frames: int | None = None) -> tuple[int, ...]:
     """The grid of position ids (N, columns): lengths along the columns called frames, rows and cols.
 
-    Reads the ids, once per distinct tensor: a GPU waits for it.
+    Pipelines hand ids over in the network's type: bfloat16 knows no odd number above 256, so an axis's length is how
+    far the ids of the axes outside of it stay the same, and the raster is compared as that type rounds it. Reads the
+    ids, once per distinct tensor: a GPU waits for it.
 
     Raises:
         GridError: for ids that are not a whole raster.
     """
-    ids = ids.detach()
-    picked = ids[:, [c for c in (frames, rows, cols) if c is not None]].to("cpu", torch.float64)
-    low, high = picked.amin(0), picked.amax(0)
-    grid = tuple(int(n) for n in (high - low + 1).tolist())
+    picked = ids.detach()[:, [c for c in (frames, rows, cols) if c is not None]].to("cpu")
+    runs = [len(picked)]
+    for axes in range(1, picked.shape[1]):
+        changes = (picked[:, :axes] != picked[0, :axes]).any(dim=1)
+        runs.append(int(changes.int().argmax()) if changes.any() else len(picked))
+    runs.append(1)
+    grid = tuple(outer // inner for outer, inner in itertools.pairwise(runs))
     if math.prod(grid) != len(ids):
         raise GridError(f"{len(ids)} position ids are no {' x '.join(map(str, grid))} raster")
     expected = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).reshape(len(ids), -1)
-    if not torch.equal(picked - low, expected):
+    if not torch.equal(picked, (expected + picked[0].double()).to(picked.dtype)):
         raise GridError(f"{len(ids)} position ids are not in raster order")
     return grid

@@ -8,10 +8,11 @@ from torch import nn
 
 from visionattn.ops.local.patterns import Pattern
 
-from .adapters import adapter_of
+from .adapters import adapter_of, has_adapter
 from .presets import preset
 from .report import Report, report
 from .session import Layer, Session
+from .steps import Steps, counter
 
 
 class Handle:
@@ -90,10 +91,11 @@ def sparsify(
     if proportional is True:
         proportional = 4608
     sessions: list[Session] = []
+    steps = Steps(dense_steps, dense_until, counter(pipe))
     try:
         for transformer in transformers:
             adapter = adapter_of(transformer)
-            session = Session(transformer, adapter, dense_steps, dense_until, timing, proportional or None)
+            session = Session(transformer, adapter, steps, timing, proportional or None)
             sites = _choose(adapter.sites(session.module), layers)
             session.install([Layer(session, site, pattern, backend) for site in sites])
             sessions.append(session)
@@ -113,11 +115,8 @@ def _transformers(pipe: Any, controlnet: bool) -> list[nn.Module]:
         raise ValueError(f"{type(pipe).__name__} has no transformer: U-Nets have visionattn.agent_sd")
     control = getattr(pipe, "controlnet", None)
     if controlnet and isinstance(control, nn.Module):
-        try:
-            adapter_of(control)
-            found.append(control)
-        except ValueError:
-            pass  # it stays dense
+        nets = getattr(control, "nets", None)  # several in one
+        found += [net for net in ([control] if nets is None else nets) if has_adapter(net)]  # others stay dense
     return found
 
 

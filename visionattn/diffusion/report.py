@@ -74,8 +74,8 @@ def report(sessions: list, note: str | None = None) -> Report:
             if layout is not None and layer.timing.calls["sparse"]:
                 ran += [f"{layer.pattern}: {way}" for way in kernels_that_ran(layout.grid, layer.pattern)]
         notes += dict.fromkeys(ran)
-        if session.dense_steps or session.dense_until is not None:
-            notes.append(f"dense steps of the last generation: {session.dense_done}")
+        if session.steps.first or session.steps.until is not None:
+            notes.append(f"dense steps of the last generation: {session.steps.done}")
         if session.spread:
             notes.append(f"tokens spread over processes: {session.spread}")
         if session.compiled:

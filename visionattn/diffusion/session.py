@@ -15,6 +15,7 @@ from visionattn.ops.local.patterns import Pattern
 from . import dispatch, parallel
 from .adapters import Adapter, Site
 from .layout import GridError, Layout
+from .steps import Steps
 
 
 @dataclass
@@ -118,9 +119,8 @@ class Layer:
         text = layout.text if role == "joint" else 0
         lengths = self.session.text_lengths if text and layout.padded_text else None
         first = layout.text_first
-        if layout.extra:  # references become text, which needs them beside it
-            if lengths is not None:
-                raise ValueError("reference tokens beside padded text are not supported: pass unpadded prompts")
+        if layout.extra:  # references become text, which needs them beside it; padding stays at its end
+            lengths = None if lengths is None else lengths + layout.extra
             q, k, v = (_gather(x, layout, text) for x in (q, k, v))
             first = True
         always = text + layout.extra
@@ -137,18 +137,18 @@ class Layer:
 
 
 def _gather(x: torch.Tensor, layout: Layout, text: int) -> torch.Tensor:
-    """[text | grid | extra] or [grid | extra | text] as [text | extra | grid]."""
+    """[text | grid | extra] or [grid | extra | text] as [extra | text | grid]."""
     start = text if layout.text_first else 0
     grid, extra = (
         x[:, start : start + layout.tokens],
         x[:, start + layout.tokens : start + layout.tokens + layout.extra],
     )
     words = x[:, :text] if layout.text_first else x[:, layout.tokens + layout.extra :]
-    return torch.cat([words, extra, grid], dim=1)
+    return torch.cat([extra, words, grid], dim=1)
 
 
 def _scatter(x: torch.Tensor, layout: Layout, text: int) -> torch.Tensor:
-    words, extra, grid = x.split([text, layout.extra, layout.tokens], dim=1)
+    extra, words, grid = x.split([layout.extra, text, layout.tokens], dim=1)
     return torch.cat([words, grid, extra] if layout.text_first else [grid, extra, words], dim=1)
 
 
@@ -171,8 +171,7 @@ class Session:
 
     Args:
         transformer: the network; a compiled one (``torch.compile``) is patched inside, its hook runs outside.
-        dense_steps: leading steps of every generation that stay dense.
-        dense_until: timesteps (in the transformer's own unit) above which a step stays dense.
+        steps: which steps stay dense; one object for all transformers of a pipeline.
         timing: measure each call; a GPU waits for it.
     """
 
@@ -180,16 +179,14 @@ class Session:
         self,
         transformer: nn.Module,
         adapter: Adapter,
-        dense_steps: int = 0,
-        dense_until: float | None = None,
+        steps: Steps,
         timing: bool = False,
         proportional: int | None = None,
     ):
         self.outer = transformer
         self.module = getattr(transformer, "_orig_mod", transformer)
         self.adapter = adapter
-        self.dense_steps = dense_steps
-        self.dense_until = dense_until
+        self.steps = steps
         self.timing = timing
         self.proportional = proportional
         self.layers: dict[str, Layer] = {}
@@ -199,9 +196,6 @@ class Session:
         self.problem: str | None = None
         self.spread: str | None = None  # how the last call's tokens lay over processes
         self.dense_now = False
-        self.steps_seen = 0
-        self.dense_done = 0
-        self._last_timestep: float | None = None
         self._grids: dict[int, tuple[Any, Any]] = {}
         self._hook = None
         self.installed = False
@@ -249,8 +243,8 @@ class Session:
             layer.site.keep(layer)
             layer.overruled = _skips_scores(layer.site.module)
         self._share()
+        call = self.adapter.bind(self.module, args, kwargs)
         try:
-            call = self.adapter.bind(self.module, args, kwargs)
             self.layout, self.text_lengths = self.adapter.layout(self.module, call, self._grid_cache)
             self.alone = Layout(self.layout.grid)
             self.problem = None
@@ -260,7 +254,7 @@ class Session:
             for layer in self.layers.values():
                 layer.pattern.check(self.layout.grid)
                 layer.covers = layer.pattern.dense(self.layout.grid)
-        self._count_step(call.get("timestep") if self.problem is None else None)
+        self.dense_now = self.steps.dense(call.get("timestep"))
 
     def _share(self) -> None:
         """Compiled blocks: equal layers have one function, and so one graph; else each layer its own, and counts.
@@ -282,23 +276,6 @@ class Session:
                 stacklevel=2,
             )
         self.compiled = compiled
-
-    def _count_step(self, timestep: Any) -> None:
-        if not self.dense_steps and self.dense_until is None:
-            return
-        if timestep is None:
-            self.dense_now = False
-            return
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        last = self._last_timestep
-        if last is None or now > last:  # timesteps fall: a rise is a new generation
-            self.steps_seen = 0
-        elif now < last:
-            self.steps_seen += 1
-        self._last_timestep = now
-        by_count = self.steps_seen < self.dense_steps
-        self.dense_now = by_count or (self.dense_until is not None and now > self.dense_until)
-        self.dense_done = max(self.dense_done, self.steps_seen + 1) if self.dense_now else self.dense_done
 
     def _grid_cache(self, ids: torch.Tensor, make: Any) -> Any:
         """``make(ids)`` once per distinct tensor: reading ids makes a GPU wait."""
