@@ -1,5 +1,6 @@
 """Compiles Triton kernels as a launch would, for a GPU that is not there."""
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -51,11 +52,36 @@ def _compile(kernel, args, named, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def usage(compiled) -> str:
-    """Registers and spilled bytes, as the toolkit's cuobjdump prints them."""
+def usage(compiled) -> dict[str, int]:
+    """By cuobjdump's names, of a thread: REG, its registers; STACK, the bytes of its stack, where spilled registers lie
+    (LOCAL is 0 even then)."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    return next(line for line in out.splitlines() if "REG:" in line)
+    line = next(line for line in out.splitlines() if "REG:" in line)
+    return {name: int(number) for name, number in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}
+
+
+def record(monkeypatch, module, *names: str) -> list[Recorder]:
+    """Recorders in the place of a module's kernels."""
+    recorders = [Recorder(getattr(module, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(module, name, recorder)
+    if hasattr(module, "_plans"):  # those of other tests launch the kernels themselves
+        monkeypatch.setattr(module, "_plans", type(module._plans)())
+    return recorders
+
+
+def check(recorders: list[Recorder], capability: int, spills: dict[str, int] | None = None) -> None:
+    """Every kernel was launched, compiles, fits the shared memory, and spills no more bytes a thread than `spills`
+    says: none where it names other kernels, anything where it is None."""
+    for recorder in recorders:
+        name = recorder.kernel.__name__
+        assert recorder.launches, name
+        for compiled in recorder.compile(capability):
+            assert compiled.asm["ptx"]
+            assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, name
+            if spills is not None:
+                assert usage(compiled)["STACK"] <= spills.get(name, 0), (name, usage(compiled))

@@ -1,7 +1,5 @@
 """The kernels of mixture-of-head and aggregated attention compile, without a GPU, within the shared memory there is."""
 
-import re
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ import triton
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
 
-from tests.ops.cross_compile import SHARED_KIB, Recorder, usage
+from tests.ops.cross_compile import check, record
 from visionattn.ops import aggregated, moh
 from visionattn.ops.aggregated import fused as aggregated_fused
 from visionattn.ops.moh import fused as moh_fused
@@ -20,15 +18,8 @@ from visionattn.ops.moh import fused as moh_fused
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def record(monkeypatch, module, names) -> list[Recorder]:
-    recorders = [Recorder(getattr(module, name)) for name in names]
-    for name, recorder in zip(names, recorders, strict=True):
-        monkeypatch.setattr(module, name, recorder)
-    return recorders
-
-
 def moh_launches(monkeypatch, dim, dtype, capability, N=1024):
-    recorders = record(monkeypatch, moh_fused.kernels, ["partition", "moh_forward"])
+    recorders = record(monkeypatch, moh_fused.kernels, "partition", "moh_forward")
     qkv = torch.empty(2, N, 3, 4, dim, dtype=dtype)
     gates = torch.ones(2, N, 4)
     moh_fused.forward(*qkv.unbind(2), gates, dim**-0.5, moh_fused.pick_tiles(dim, dtype, capability))
@@ -39,7 +30,7 @@ def moh_launches(monkeypatch, dim, dtype, capability, N=1024):
 
 def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
     names = ["forward", "query_grad", "key_grad", "pool_grad", "pool_sum", "bias_grad"]
-    recorders = record(monkeypatch, aggregated_fused.kernels, names)
+    recorders = record(monkeypatch, aggregated_fused.kernels, *names)
     B, N, heads, P, L = 2, side * side, 3, 49, window**2
     shapes = [(B, N, heads, dim), (B, N, 2, heads, dim), (B, P, 2, heads, dim)]
     tensors = [torch.empty(s, dtype=dtype) for s in shapes]
@@ -50,20 +41,12 @@ def aggregated_launches(monkeypatch, dim, dtype, window=3, side=56):
     return recorders
 
 
-def check(recorders, capability, spills=10**6) -> None:
-    for recorder in recorders:
-        assert recorder.launches
-        for compiled in recorder.compile(capability):
-            assert int(re.search(r"STACK:(\d+)", usage(compiled)).group(1)) <= spills, usage(compiled)  # bytes
-            assert compiled.asm["ptx"]
-            assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 def test_moh(capability, monkeypatch):
     assert moh.can_run_triton is not None
     recorders = moh_launches(monkeypatch, 64, torch.bfloat16, capability)
-    check(recorders, capability, spills=64 if capability == 90 else 0)  # 168 registers are faster with a few spilled
+    # on an H100, 168 registers with a few spilled are faster than more of them
+    check(recorders, capability, {"moh_forward": 64} if capability == 90 else {})
     assert recorders[1].launches[0][1]["TMA"] == (capability >= 90)
 
 
@@ -75,7 +58,8 @@ def test_moh_in_the_least_shared_memory(dim, dtype, monkeypatch):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_aggregated(capability, monkeypatch):
     assert aggregated.can_run_triton is not None
-    check(aggregated_launches(monkeypatch, 24, torch.bfloat16), capability)
+    # the queries' gradient takes 255 registers, and goes over them by a few
+    check(aggregated_launches(monkeypatch, 24, torch.bfloat16), capability, {"query_grad": 64})
 
 
 @pytest.mark.slow

@@ -53,23 +53,16 @@ def test_compiled(monkeypatch):
 
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set")
-    from tests.ops.cross_compile import Recorder, usage
+    from tests.ops.cross_compile import check, record
     from visionattn.ops import conv_glu_triton as module
-    from visionattn.ops._launch import Plans
 
-    monkeypatch.setattr(module, "_plans", Plans())
-
-    kernels = [
-        Recorder(getattr(module, name)) for name in ("_forward_kernel", "_gate_grad_kernel", "_conv_grad_kernel")
-    ]
-    for kernel in kernels:
-        monkeypatch.setattr(module, kernel.kernel.__name__, kernel)
+    kernels = record(monkeypatch, module, "_forward_kernel", "_gate_grad_kernel", "_conv_grad_kernel")
     h, taps, bias = torch.empty(2, 3136, 768, dtype=torch.bfloat16), torch.empty(9, 384), torch.empty(384)
     y = module.forward(h, taps, bias, 56, 56)
     module.backward(y, h, taps, bias, 56, 56)
+    check(kernels, 90, spills={})
     for kernel in kernels:
         (compiled,) = kernel.compile(90)
-        assert " LOCAL:0 " in usage(compiled)
         assert "ld.global.v4.b32" in compiled.asm["ptx"] and "ld.global.b16" not in compiled.asm["ptx"]
 
 
@@ -80,20 +73,12 @@ def test_compiled_gates_and_norms(heads, monkeypatch):
 
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set")
-    from tests.ops.cross_compile import Recorder, usage
+    from tests.ops.cross_compile import check, record
     from visionattn.ops import norm_triton
-    from visionattn.ops._launch import Plans
     from visionattn.ops.moh import gates_triton
 
-    kernels = []
-    for module, names in (
-        (gates_triton, ("_forward_kernel", "_loss_kernel", "_backward_kernel")),
-        (norm_triton, ("_norm_kernel", "_norm_grad_kernel")),
-    ):
-        monkeypatch.setattr(module, "_plans", Plans())
-        for name in names:
-            kernels.append(Recorder(getattr(module, name)))
-            monkeypatch.setattr(module, name, kernels[-1])
+    kernels = record(monkeypatch, gates_triton, "_forward_kernel", "_loss_kernel", "_backward_kernel")
+    kernels += record(monkeypatch, norm_triton, "_norm_kernel", "_norm_grad_kernel")
     E, S, k = heads
     logits = torch.empty(2, 196, gates_triton.width(E, S), dtype=torch.bfloat16, requires_grad=True)
     gates, loss = gates_triton.HeadGates.apply(logits, E, S, k)
@@ -102,7 +87,4 @@ def test_compiled_gates_and_norms(heads, monkeypatch):
     weight = torch.empty(288)
     total, out = norm_triton.AddNorm.apply(x, y, weight, weight, 1e-6, torch.bfloat16)
     (total.sum() + out.sum()).backward()
-    for kernel in kernels:
-        assert kernel.launches
-        for compiled in kernel.compile(90):
-            assert " LOCAL:0 " in usage(compiled)
+    check(kernels, 90, spills={})
