@@ -14,7 +14,7 @@ from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
 from visionattn.layers import AgentAttention, InLineAttention, window
 from visionattn.layers.agent import resize_lines
-from visionattn.layers.cast import GroupedLinear, Linear
+from visionattn.layers.cast import GroupedLinear, Linear, PatchConv2d
 from visionattn.layers.window import StripeAttention, WindowAttention
 from visionattn.models.cswin import CSWinBlock
 from visionattn.models.swin import SwinBlock
@@ -277,6 +277,19 @@ def test_grouped_linear_is_the_grouped_convolution():
         low = ours.eval()(x)
         assert low.dtype == torch.bfloat16 and ours._kept is not None
         torch.testing.assert_close(low.float(), expected.detach(), atol=2e-2, rtol=2e-2)
+
+
+def test_patches_as_a_product():
+    layer = PatchConv2d(3, 8, (4, 2), stride=(4, 2)).eval()
+    x = torch.randn(2, 3, 13, 7)  # a rest on both sides
+    expected = F.conv2d(x, layer.weight, layer.bias, stride=(4, 2))
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+    torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = layer(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_no_copy_is_kept_of_what_is_trained():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from visionattn.ops.agent import agent_attention, agent_attention_reference, agent_key_bias, pool_agents
+from visionattn.ops.agent import agent_attention, agent_attention_reference, agent_key_bias, pool_agents, pooling_bins
 from visionattn.ops.depthwise import depthwise_residual
 from visionattn.ops.inline import feature_map, inline_attention, inline_attention_reference
 
@@ -67,6 +67,16 @@ def test_agent_pooling_bins_overlap():
     even = pool_agents(normal(1, 36, 3), (6, 6), (3, 2))
     torch.testing.assert_close(even.reshape(3, 2, 3)[2, 1], normal(1, 36, 3).reshape(6, 6, 3)[4:6, 3:].mean((0, 1)))
     assert pool_agents(q, (7, 5), (7, 5)) is q
+
+
+@pytest.mark.parametrize("grid, shape", [((7, 5), (3, 2)), ((13, 10), (3, 4)), ((5, 7), (7, 3)), ((56, 56), (3, 3))])
+def test_agent_pooling_as_a_product(grid, shape):
+    tokens = normal(2, grid[0] * grid[1], 9)
+    for dtype, limit in ((torch.float64, 1e-14), (torch.bfloat16, 2e-2)):
+        q = tokens.to(dtype)[:, :, 3:6]  # strided, as a projection's part
+        got = pool_agents(q, grid, shape, pooling_bins(grid, shape, q.device, dtype))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), pool_agents(q.double(), grid, shape), rtol=limit, atol=limit / 4)
 
 
 def test_agent_bias_parts():

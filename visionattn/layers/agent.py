@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import nn
 
-from visionattn.ops.agent import agent_attention, agent_key_bias, pool_agents, query_agent_bias, resize_agents
+from visionattn.ops.agent import (
+    agent_attention,
+    agent_key_bias,
+    pool_agents,
+    pooling_bins,
+    query_agent_bias,
+    resize_agents,
+)
 from visionattn.ops.depthwise import depthwise_residual
 
 from .cast import Conv2d, Linear
@@ -201,6 +208,14 @@ class AgentAttention(EvalCache, Mixer):
         key = (int(grid[0]), int(grid[1]), dtype)
         return self.cached(key, tuple(w for w in weights if w is not None), compute)
 
+    @torch.jit.unused
+    def _bins(self, grid: tuple[int, int], q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        H, W = grid
+        if not q.is_cuda or (H % self.agent_shape[0] == 0 and W % self.agent_shape[1] == 0):
+            return None
+        key = ("bins", H, W, q.dtype, q.device)
+        return self.constant(key, lambda: pooling_bins(grid, self.agent_shape, q.device, q.dtype))
+
     def _mix(
         self,
         q: torch.Tensor,
@@ -215,9 +230,10 @@ class AgentAttention(EvalCache, Mixer):
         heads, P = self.num_heads, self.num_prefix_tokens
         if torch.jit.is_scripting():
             over_keys, over_agents = self.biases(grid)
+            agents = pool_agents(q[:, P:], grid, self.agent_shape)
         else:
             over_keys, over_agents = self._kept_biases(grid, q.dtype)
-        agents = pool_agents(q[:, P:], grid, self.agent_shape)
+            agents = pool_agents(q[:, P:], grid, self.agent_shape, self._bins(grid, q))
         out = agent_attention(
             q.reshape(B, N, heads, C // heads),
             k.reshape(B, k.shape[1], heads, C // heads),

@@ -148,6 +148,26 @@ class Conv2d(KeepsCast, nn.Conv2d):
 
 
 @register_notrace_module
+class PatchConv2d(Conv2d):
+    """A convolution whose kernel is its stride, padding 0, of images: one copy and one matrix product.
+
+    cuDNN's kernel for three channels took 12 % of a small network's time on an H100. A rest that the patches don't
+    cover is left out, as a convolution does.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if not torch.jit.is_scripting():
+            weight, bias = self.cast()
+            x = lowered(x)
+        B, C, H, W = x.shape
+        p, q = self.kernel_size
+        h, w = H // p, W // q
+        x = x[:, :, : h * p, : w * q].reshape(B, C, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * p * q)
+        return F.linear(x, weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+@register_notrace_module
 class GroupedLinear(KeepsCast, nn.Conv1d):
     """A grouped ``torch.nn.Conv1d`` of kernel size 1 on (B, C, 1), as one batched product; see :class:`KeepsCast`.
 

@@ -7,7 +7,7 @@ from timm.layers import LayerNorm, SelectAdaptivePool2d, get_device_dtype, regis
 from torch import nn
 
 from visionattn._timm import checkpoint, feature_take_indices
-from visionattn.layers.cast import Conv2d
+from visionattn.layers.cast import Conv2d, PatchConv2d
 
 STAGES = 4
 
@@ -54,7 +54,8 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.pad = pad
         self.channels_last = channels_last
-        self.proj = Conv2d(in_chans, dim, patch_size, stride=patch_size, **dd)
+        kind = Conv2d if channels_last else PatchConv2d
+        self.proj = kind(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm = LayerNorm(dim, eps=eps, **dd) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, LayerNorm, to_2tuple
+from timm.layers import Attention, DropPath, LayerNorm, PatchEmbed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from visionattn._timm import checkpoint, feature_take_indices, update_model_input_size
-from visionattn.layers.cast import Mlp, PreNorm, ResidualNorm
+from visionattn.layers.cast import Mlp, PatchConv2d, PreNorm, ResidualNorm
 
 from ._plan import make_mixer, numbers
 from ._resize import resize_positions
@@ -60,6 +60,18 @@ class PlainAttention(Attention):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+
+
+class PatchProduct(PatchEmbed):
+    """timm's patch embedding, its convolution as a matrix product."""
+
+    def __init__(self, *args: Any, device=None, dtype=None, **kwargs: Any):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        conv = self.proj
+        self.proj = PatchConv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, bias=conv.bias is not None,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 class ViTHost(VisionTransformer):
@@ -137,6 +149,7 @@ class ViTHost(VisionTransformer):
             proj_drop_rate=proj_drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
+            embed_layer=PatchProduct,
             norm_layer=partial(LayerNorm, eps=1e-6),
             block_fn=partial(GridBlock, plan=plan),
             device=device,
