@@ -1,0 +1,113 @@
+"""Launches the Gluon kernels of the backward pass (kernels_grad.py) on compute capability 9.0."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+
+from . import fused, gluon, tables
+from .patterns import Axis, Disk, Neighborhood
+
+SIDE = tables.SIDE
+# 'auto', 'triton', or 'gluon' wherever it can run; for benchmarks and tests
+CHOICES = ("auto", "triton", "gluon")
+KERNELS = "visionattn.ops.local.kernels_grad"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variant of a kernel: warpgroups (y, x) of 8 x 8 own tokens that share loads, tiles in flight, registers per
+    thread of the consumers and of the loading warp, what ptxas is told, and whether queries stay in registers."""
+
+    groups: tuple[int, int] = (1, 2)
+    stages: int = 4
+    registers: tuple[int, int] = (240, 24)
+    cap: int = 168
+    in_registers: bool = True
+
+
+QUERY = Setting()
+KEY = Setting()
+
+
+@functools.lru_cache(maxsize=256)
+def _full_axis(axis: Axis, own: int, other: int) -> bool:
+    """Whether all tiles that queries, and that keys, of an axis visit are full."""
+    n = axis.length
+    at = np.arange(n)
+    start, end = axis.start(at, n), axis.end(at, n)
+    for low, high in ((start, end), (np.searchsorted(end, at, "right"), np.searchsorted(start, at, "right"))):
+        first = np.arange(0, n, own)
+        last = np.minimum(first + own, n) - 1
+        same = (low[first] == low[last]) & (high[first] == high[last])
+        if not (same & ((high[first] - low[first]) % other == 0)).all():
+            return False
+    return True
+
+
+def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
+    """Why the kernels can't run on these arguments, or None."""
+    if not isinstance(pattern, (Neighborhood, Disk)) or len(grid) != 2:
+        return "is of windows and disks on grids of two axes"
+    why = gluon.reason(q, k, v, ek, bias, lengths, grid, pattern, text) or gluon.cannot_build_gluon(KERNELS)
+    if why is not None or isinstance(pattern, Disk):
+        return why
+    axes = pattern.axes(grid)
+    if any(a.causal for a in axes):
+        return "has no causal windows"
+    wide = {s.groups for s in (QUERY, KEY)}
+    if not all(_full_axis(a, SIDE * g[i], SIDE) for g in wide for i, a in enumerate(axes)):
+        return f"is of windows all of whose tiles of {SIDE} x {SIDE} are full"
+    return None
+
+
+def _numbers(p, setting: Setting) -> tuple:
+    """KIND, tables, and the kernels' numbers."""
+    tiles_y, tiles_x = (-(-n // (SIDE * g)) for n, g in zip(p.grid, setting.groups, strict=True))
+    if isinstance(p.pattern, Disk):
+        table, entries, words, classes = gluon._disk_tables(p.pattern, p.grid, setting.groups, p.device)
+    else:
+        table, entries, words, classes = None, 0, None, 0
+    b = p.boxes
+    box = (*b.windows[1:], *b.strides[1:])
+    return b.kind, (table, words), tiles_y, tiles_x, box, (classes, entries)
+
+
+def _grid(p, x):
+    return gluon._describe(p.grid_descriptor(x, (1, SIDE, SIDE), 0), [1, SIDE, SIDE, 1, p.D])
+
+
+def _runs(p, *tensors):
+    # without text there is no run: a descriptor has to be valid, and is never used
+    start, text = (p.text_at, p.text) if p.text else (0, 1)
+    return [gluon._describe(p.run_descriptor(x, start, text, SIDE**2), [1, SIDE**2, 1, p.D]) for x in tensors]
+
+
+def query_grad(p, q, k, v, grad, lse, delta, dq, setting: Setting) -> None:
+    """Writes the grid's rows of dq."""
+    from . import kernels_grad
+
+    kind, tensors, tiles_y, tiles_x, box, rest = _numbers(p, setting)
+    tiles = tiles_y * tiles_x * p.heads * p.batch
+    kernels_grad.query_grad[(min(tiles, gluon._processors(p.device)),)](
+        *(_grid(p, x) for x in (q, grad, k, v)), *_runs(p, k, v), _grid(p, dq), lse, delta, *tensors,
+        *p.grid, p.heads, tiles_y, tiles_x, tiles, *box, p.text, p.group, *rest, p.N, p.first, p.qk_scale, p.scale,
+        QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=p.D,
+        QREG=setting.in_registers, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+    )  # fmt: skip
+
+
+def key_grad(p, q, k, v, grad, lse, delta, dk, dv, setting: Setting) -> None:
+    """Writes the grid's rows of dk and dv."""
+    from . import kernels_grad
+
+    kind, tensors, tiles_y, tiles_x, box, rest = _numbers(p, setting)
+    tiles = tiles_y * tiles_x * p.kv_heads * p.batch
+    kernels_grad.key_grad[(min(tiles, gluon._processors(p.device)),)](
+        *(_grid(p, x) for x in (k, v, q, grad)), *_runs(p, q, grad), _grid(p, dk), _grid(p, dv), lse, delta, *tensors,
+        *p.grid, p.heads, tiles_y, tiles_x, tiles, *box, p.text, p.group, *rest, p.N, p.first, p.qk_scale, p.scale,
+        QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=p.D,
+        TEXT_LAST=p.first == 0 and p.text > 0, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+    )  # fmt: skip
