@@ -10,7 +10,9 @@ import triton.language as tl
 
 from ._launch import Launch, Plans, on_device
 
-BLOCK_N = 64
+BLOCK_N = 32  # of the convolution; 64 take so many registers that few programs run at the same time
+WARPS = 4
+WEIGHT_BLOCK_N = 64
 WEIGHT_CHUNK = 512  # tokens that one program of the weight gradient sums
 
 
@@ -37,7 +39,7 @@ def _conv_kernel(
         inside = on_grid & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
         place = v_ptr + b * v_b + (t + dy * W + dx)[:, None] * v_t + c[None, :]
         v = tl.load(place, mask=inside[:, None] & in_c[None, :], other=0.0).to(tl.float32)
-        at = w_ptr + b * w_b + c * (K * K) + (K * K - 1 - tap if FLIP else tap)
+        at = w_ptr + b * w_b + (K * K - 1 - tap if FLIP else tap) * C + c
         acc += v * tl.load(at, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         bias = tl.load(b_ptr + c, mask=in_c, other=0.0).to(tl.float32)
@@ -97,8 +99,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 _plans = Plans()
 
 
+def tap_major(weight: torch.Tensor) -> torch.Tensor:
+    """(..., C, taps) as (..., taps, C) in memory, where the channels of a tap are read side by side."""
+    return weight.transpose(-1, -2).contiguous()
+
+
 def _conv(out, v, weight, bias, H: int, W: int, P: int, flip: bool, dtype: torch.dtype) -> torch.Tensor:
-    v, weight = _rows(v), weight.contiguous()
+    v, weight = _rows(v), tap_major(weight)
     B, T, C = v.shape
     residual = v if out is None else _rows(out)
     given = (out is not None, bias is not None, flip)
@@ -110,10 +117,11 @@ def _conv(out, v, weight, bias, H: int, W: int, P: int, flip: bool, dtype: torch
     def make() -> Launch:
         block_c = _block_c(C)
         grid = (triton.cdiv(T, BLOCK_N), triton.cdiv(C, block_c), B)
-        w_b = 0 if weight.shape[0] == 1 else weight.shape[2] * C
+        w_b = 0 if weight.shape[0] == 1 else weight.shape[1] * C
         numbers = (C, T, P, H, W, *residual.stride()[:2], *v.stride()[:2], w_b)
-        constants = dict(RESIDUAL=given[0], BIAS=given[1], FLIP=flip, K=_side(weight), BLOCK_N=BLOCK_N, BLOCK_C=block_c)
-        return Launch(_conv_kernel, grid, numbers, constants)
+        side = 3 if weight.shape[1] == 9 else 5
+        constants = dict(RESIDUAL=given[0], BIAS=given[1], FLIP=flip, K=side, BLOCK_N=BLOCK_N, BLOCK_C=block_c)
+        return Launch(_conv_kernel, grid, numbers, constants, num_warps=WARPS)
 
     with on_device(v):
         y = torch.empty(B, T, C, dtype=dtype, device=v.device)
@@ -138,7 +146,7 @@ def weight_sums(g: torch.Tensor, v: torch.Tensor, H: int, W: int, P: int, side: 
     def make() -> Launch:
         block_c = _block_c(C)
         numbers = (C, H * W, P, H, W, chunks, *g.stride()[:2], *v.stride()[:2])
-        constants = dict(K=side, CHUNK=WEIGHT_CHUNK, BLOCK_N=BLOCK_N, BLOCK_C=block_c)
+        constants = dict(K=side, CHUNK=WEIGHT_CHUNK, BLOCK_N=WEIGHT_BLOCK_N, BLOCK_C=block_c)
         return Launch(_weight_kernel, (chunks, triton.cdiv(C, block_c), B), numbers, constants)
 
     with on_device(v):

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, Plans, on_device
-from .depthwise_triton import _grad_w, _rows, weight_sums
+from .depthwise_triton import _grad_w, _rows, tap_major, weight_sums
 
 BLOCK_N = 64
+WARPS = 4
 CHUNK = 512
 AT_ONCE = 1024  # tokens that one program sums without chunks
 
@@ -79,7 +80,7 @@ def _finish_kernel(
 
 @triton.jit
 def _local(
-    v_ptr, w_ptr, t, channel, in_c, v_t, T, P, H, W,
+    v_ptr, w_ptr, t, channel, in_c, C, v_t, T, P, H, W,
     FLIP: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """The 3 x 3 convolution of the values of one head at the tokens t, zero at prefix tokens."""
@@ -92,7 +93,7 @@ def _local(
         inside = (n >= 0) & (t < T) & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
         place = v_ptr + (t + dy * W + dx)[:, None] * v_t + channel[None, :]
         v = tl.load(place, mask=inside[:, None] & in_c[None, :], other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + channel * 9 + (8 - tap if FLIP else tap), mask=in_c, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + (8 - tap if FLIP else tap) * C + channel, mask=in_c, other=0.0).to(tl.float32)
         acc += v * w[None, :]
     return acc
 
@@ -117,7 +118,8 @@ def _apply_kernel(
     m = tl.load(m_ptr + bh * D * D + d[:, None] * D + d[None, :], mask=square, other=0.0)
     mean = tl.load(mv_ptr + bh * D + d, mask=in_d, other=0.0)
     acc = tl.dot(q, m.to(q.dtype), input_precision=PREC) + mean[None, :]
-    acc += _local(v_ptr + batch * v_b, w_ptr + batch * w_b, t, channel, in_d, v_t, T, P, H, W, False, BLOCK_N, DP)
+    v, w, C = v_ptr + batch * v_b, w_ptr + batch * w_b, heads * D
+    acc += _local(v, w, t, channel, in_d, C, v_t, T, P, H, W, False, BLOCK_N, DP)
     if BIAS:
         bias = tl.load(b_ptr + channel, mask=in_d, other=0.0).to(tl.float32)
         acc += tl.where((t >= P)[:, None], bias[None, :], 0.0)
@@ -161,7 +163,8 @@ def _grads_kernel(
     k = tl.where(mask, k - mean_k[None, :], 0.0).to(kind)
     dv = tl.dot(k, dm.to(kind), input_precision=PREC)
     dv += tl.load(sg_ptr + bh * D + d, mask=in_d, other=0.0)[None, :] / T
-    dv += _local(g_ptr + batch * g_b, w_ptr + batch * w_b, t, channel, in_d, g_t, T, P, H, W, True, BLOCK_N, DP)
+    at_g, w, C = g_ptr + batch * g_b, w_ptr + batch * w_b, heads * D
+    dv += _local(at_g, w, t, channel, in_d, C, g_t, T, P, H, W, True, BLOCK_N, DP)
     tl.store(dv_ptr + to, dv.to(kind), mask=mask)
 
 
@@ -204,7 +207,7 @@ def _moments(a, b, heads: int, scale: float, center: bool) -> tuple[torch.Tensor
 
 def launch(q, k, v, weight, bias, heads: int, H: int, W: int, P: int, scale: float):
     """The forward kernels, without the operator around them: the output, and what the gradient needs."""
-    q, k, v, weight = _rows(q), _rows(k), _rows(v), weight.contiguous()
+    q, k, v, weight = _rows(q), _rows(k), _rows(v), tap_major(weight)
     B, T, C = q.shape
     key = (
         "apply", q.shape, q.stride(), v.stride(), weight.shape[0], heads, H, W, P, q.dtype, v.dtype, weight.dtype,
@@ -214,7 +217,8 @@ def launch(q, k, v, weight, bias, heads: int, H: int, W: int, P: int, scale: flo
     def make() -> Launch:
         numbers = (T, P, H, W, heads, *q.stride()[:2], *v.stride()[:2], 0 if weight.shape[0] == 1 else 9 * C)
         constants = dict(BIAS=bias is not None, BLOCK_N=BLOCK_N, **_constants(C // heads, q.dtype))
-        return Launch(_apply_kernel, (triton.cdiv(T, BLOCK_N), B * heads), numbers, constants)
+        tiles = (triton.cdiv(T, BLOCK_N), B * heads)
+        return Launch(_apply_kernel, tiles, numbers, constants, num_warps=WARPS)
 
     with on_device(q):
         m, mk, mv = _moments(k, v, heads, scale, True)
@@ -225,7 +229,7 @@ def launch(q, k, v, weight, bias, heads: int, H: int, W: int, P: int, scale: flo
 
 def gradients(g, q, k, v, weight, m, mk, mv, heads: int, H: int, W: int, P: int, scale: float):
     """Gradients of q, k and v."""
-    g, q, k, v, weight = _rows(g), _rows(q), _rows(k), _rows(v), weight.contiguous()
+    g, q, k, v, weight = _rows(g), _rows(q), _rows(k), _rows(v), tap_major(weight)
     B, T, C = q.shape
     key = (
         "grads", q.shape, g.stride(), k.stride(), v.stride(), weight.shape[0], heads, H, W, P, scale, q.dtype, g.dtype,

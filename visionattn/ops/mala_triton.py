@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, Plans, on_device
-from .depthwise_triton import weight_sums
+from .depthwise_triton import tap_major, weight_sums
 
-BLOCK_N = 64
-GRAD_BLOCK_N = 32  # of the queries' gradient, which holds many tiles at once
+BLOCK_N = 32  # 64 take so many registers (255) that few programs run at the same time
+WARPS = 4  # 8 for heads wider than 64
 CHUNK = 512
 AT_ONCE = 1024  # tokens that one program sums without chunks
 WIDEST = 128
@@ -45,7 +45,7 @@ def _turn(ptr, at, at_swapped, cos, sin, mask):
 
 @triton.jit
 def _convolution(
-    v_ptr, w_ptr, t, channel, in_d, v_t, N, P, H, W,
+    v_ptr, w_ptr, t, channel, in_d, C, v_t, N, P, H, W,
     FLIP: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """The convolution of one head's channels at the tokens t, zero at the P before the grid."""
@@ -61,7 +61,7 @@ def _convolution(
             place = v_ptr + (t + dy * W + dx)[:, None] * v_t + channel[None, :]
             v = tl.load(place, mask=inside[:, None] & in_d[None, :], other=0.0).to(tl.float32)
             tap = y * K + x
-            w = tl.load(w_ptr + channel * (K * K) + (K * K - 1 - tap if FLIP else tap), mask=in_d, other=0.0)
+            w = tl.load(w_ptr + (K * K - 1 - tap if FLIP else tap) * C + channel, mask=in_d, other=0.0)
             acc += v * w.to(tl.float32)[None, :]
     return acc
 
@@ -152,7 +152,7 @@ def _mix_kernel(
     square = in_d[:, None] & in_d[None, :]
     s = tl.load(s_ptr + bh * D * D + d[:, None] * D + d[None, :], mask=square, other=0.0)
     acc = tl.dot((turned * beta[:, None]).to(kind), s.to(kind), input_precision=PREC) - z[:, None] * mean_v[None, :]
-    acc += _convolution(base + 2 * C, w_ptr, t, head * D + d, in_d, x_t, N, P, H, W, False, K, BLOCK_N, DP)
+    acc += _convolution(base + 2 * C, w_ptr, t, head * D + d, in_d, C, x_t, N, P, H, W, False, K, BLOCK_N, DP)
     if BIAS:
         bias = tl.load(b_ptr + head * D + d, mask=in_d, other=0.0).to(tl.float32)
         acc += tl.where((t >= P)[:, None], bias[None, :], 0.0)
@@ -199,7 +199,7 @@ def _query_grad_kernel(
         scaled = (turned * beta[:, None]).to(kind)
 
         out = tl.dot(scaled, s, input_precision=PREC) - z[:, None] * mean_v[None, :]
-        out += _convolution(base + 2 * C, w_ptr, t, head * D + d, in_d, x_t, N, P, H, W, False, K, BLOCK_N, DP)
+        out += _convolution(base + 2 * C, w_ptr, t, head * D + d, in_d, C, x_t, N, P, H, W, False, K, BLOCK_N, DP)
         if BIAS:
             bias = tl.load(b_ptr + head * D + d, mask=in_d, other=0.0).to(tl.float32)
             out += tl.where((t >= P)[:, None], bias[None, :], 0.0)
@@ -261,7 +261,7 @@ def _key_grad_kernel(
     dv = tl.dot(turned.to(kind), ds, input_precision=PREC)
     dv += tl.load(dv_ptr + bh * D + d, mask=in_d, other=0.0)[None, :] / N
     u = u_ptr + batch * N * C
-    dv += _convolution(u, w_ptr, t, head * D + d, in_d, C, N, P, H, W, True, K, BLOCK_N, DP)
+    dv += _convolution(u, w_ptr, t, head * D + d, in_d, C, C, N, P, H, W, True, K, BLOCK_N, DP)
     tl.store(to + 2 * C, dv.to(kind), mask=mask)
 
 
@@ -271,7 +271,7 @@ def _constants(D: int, dtype: torch.dtype) -> dict:
 
 
 def _warps(D: int) -> int:
-    return 4 if D <= 64 else 8
+    return WARPS if D <= 64 else 8
 
 
 class _Plan:
@@ -283,7 +283,7 @@ class _Plan:
         self.B, self.N, self.C, self.heads, self.D = B, N, C, heads, D
         self.P, self.scale, self.grid = N - H * W, D**-0.5, (H, W)
         self.chunks = 1 if N <= AT_ONCE else triton.cdiv(N, CHUNK)
-        self.side = 3 if weight.shape[1] == 9 else 5
+        self.side = 3 if weight.shape[0] == 9 else 5
         self.bias = bias is not None
         self.strides = x.stride()[:2]
         self.constants, self.options = _constants(D, x.dtype), dict(num_warps=_warps(D))
@@ -319,7 +319,7 @@ class _Plan:
             queries = Launch(
                 _query_grad_kernel, (self.chunks, self.B * self.heads),
                 (*sizes, self.chunks, self.heads, self.C, self.scale, *self.strides, *g.stride()[:2]),
-                dict(BIAS=self.bias, CHUNK=self.summed, **{**shared, "BLOCK_N": GRAD_BLOCK_N}), num_warps=8,
+                dict(BIAS=self.bias, CHUNK=self.summed, **shared), num_warps=8,
             )  # fmt: skip
             keys = Launch(
                 _key_grad_kernel, self.tiles,
@@ -349,7 +349,7 @@ def launch(x, weight, bias, sin, cos, heads: int, H: int, W: int):
         sin, cos: (N, C / heads).
     """
     x = x if x.stride(2) == 1 else x.contiguous()
-    weight, sin, cos = weight.contiguous(), sin.contiguous(), cos.contiguous()
+    weight, sin, cos = tap_major(weight), sin.contiguous(), cos.contiguous()
     with on_device(x):
         plan = _plan(x, weight, bias, sin, cos, heads, H, W)
         state = plan.sums(x.device)
@@ -368,7 +368,7 @@ def gradients(g, x, weight, bias, sin, cos, s, mean_k, mean_v, heads: int, H: in
     """The gradient of x, and the sums (B, taps + 1, C) whose sum over B is that of the convolution."""
     x = x if x.stride(2) == 1 else x.contiguous()
     g = g if g.stride(2) == 1 else g.contiguous()
-    weight, sin, cos = weight.contiguous(), sin.contiguous(), cos.contiguous()
+    weight, sin, cos = tap_major(weight), sin.contiguous(), cos.contiguous()
     with on_device(x):
         plan = _plan(x, weight, bias, sin, cos, heads, H, W)
         queries, finish, keys = plan.backward(g)
