@@ -1,7 +1,9 @@
 """The Gluon kernels of local attention compile for sm90 without a GPU: hardly spill, fit shared memory."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -10,7 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.ops.cross_compile import usage
-from visionattn.ops.local import gluon, rates
+from visionattn.ops.local import gluon, gluon_grad, rates
+from visionattn.ops.local.patterns import Axis
 from visionattn.ops.local.tiles import SHARED_KIB
 
 if gluon.cannot_build_gluon(gluon.KERNELS) is not None:
@@ -19,7 +22,7 @@ if gluon.cannot_build_gluon(gluon.KERNELS) is not None:
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from visionattn.ops.local import kernels_disk, kernels_hopper
+from visionattn.ops.local import kernels_disk, kernels_grad, kernels_hopper
 
 
 def build(kernel, constants, blocks, setting, warps):
@@ -37,12 +40,12 @@ def build(kernel, constants, blocks, setting, warps):
             signature[name] = POINTERS[name]
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "qk_scale" else "i32"
+            signature[name] = "fp32" if name in ("qk_scale", "scale") else "i32"
     source = GluonASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, maxnreg=setting.cap))
 
 
-POINTERS = {"lse_ptr": "*fp32", "table": "*i32", "bits": "*i64"}
+POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "table": "*i32", "bits": "*i64"}
 
 
 def compile_forward(setting, text: bool, dim=128):
@@ -70,6 +73,17 @@ def compile_disk(setting, dim=128):
 
 
 # bytes spilled, nearly all of them outside the loops over keys
+def compile_grad(kernel, setting, kind, dim=128, **more):
+    constants = dict(
+        QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=dim,
+        REGISTERS=setting.registers, **more,
+    )  # fmt: skip
+    if kind == 0:
+        constants |= dict(table=None, bits=None)
+    blocks = {n: (1, 64, 1, dim) if n[1] == "t" else (1, 8, 8, 1, dim) for n in kernel.arg_names if n[-5:] == "_desc"}
+    return build(kernel, constants, blocks, setting, 4)
+
+
 @pytest.mark.parametrize(
     ("setting", "text", "spills"), [(gluon.WINDOW, True, 192), (gluon.VIDEO, False, 128)], ids=["window", "video"]
 )
@@ -85,6 +99,35 @@ def test_disk_compiles():
     assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
     assert "wgmma" in compiled.asm["ptx"]
     assert usage(compiled)["STACK"] == 0
+
+
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_backward_compiles(which):
+    """A few numbers of the loading warp are spilled, and read again for each tile of its own: under 128 bytes."""
+    if which == "query":
+        s = gluon_grad.QUERY
+        compiled = compile_grad(kernels_grad.query_grad, s, 1, QREG=s.in_registers)
+    else:
+        compiled = compile_grad(kernels_grad.key_grad, gluon_grad.KEY, 0, TEXT_LAST=True)
+    assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
+    assert "wgmma" in compiled.asm["ptx"]
+    assert usage(compiled)["STACK"] < 128, usage(compiled)
+
+
+def test_full_windows():
+    """Which windows have full tiles only, against the mask."""
+    for n, window, stride, own in itertools.product((32, 40, 64), (8, 16, 24, 32), (1, 8, 16), (8, 16)):
+        if stride > window:
+            continue
+        axis = Axis(n, window, stride)
+        mask = axis.mask()
+        full = True
+        for m in (mask, mask.T):
+            for first in range(0, n, own):
+                seen = m[first : first + own]
+                at = np.flatnonzero(seen.any(0))
+                full &= bool(seen[:, at[0] : at[-1] + 1].all()) and (at[-1] + 1 - at[0]) % 8 == 0
+        assert gluon_grad._full_axis(axis, own, 8) == full, (n, window, stride, own)
 
 
 def test_planner_knows_its_limits():

@@ -22,6 +22,10 @@ FORWARD_CHOICES = ("auto", "triton", "gluon")
 forward_choice = os.environ.get("VISIONATTN_LOCAL_FORWARD", "auto")
 if forward_choice not in FORWARD_CHOICES:
     raise ValueError(f"VISIONATTN_LOCAL_FORWARD={forward_choice!r}: use one of {', '.join(FORWARD_CHOICES)}")
+# The same of the backward kernels of the grid's rows.
+backward_choice = os.environ.get("VISIONATTN_LOCAL_BACKWARD", "auto")
+if backward_choice not in FORWARD_CHOICES:
+    raise ValueError(f"VISIONATTN_LOCAL_BACKWARD={backward_choice!r}: use one of {', '.join(FORWARD_CHOICES)}")
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,13 @@ class Plan:
         self.inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.extra_strides = (*ek.stride()[:3], *ev.stride()[:3]) if ek is not None else (0,) * 6
         self.gluon = None  # the setting of the forward kernel of kernels_hopper.py, where that runs
+        self.gluon_grad = None  # the settings of the backward kernels of kernels_grad.py, where they run
         if tiles is None and self.tma and _capability(q.device) == 90:
-            from . import gluon
+            from . import gluon, gluon_grad
 
-            self.gluon = gluon.choose(q, k, v, ek, bias, lengths, grid, pattern, text, forward_choice)
+            given = (q, k, v, ek, bias, lengths, grid, pattern, text)
+            self.gluon = gluon.choose(*given, forward_choice)
+            self.gluon_grad = gluon_grad.choose(*given, backward_choice)
         # how cuDNN computes the text rows, None where Triton's kernel does
         self.text_chunks = None
         if tiles is None:
@@ -250,7 +257,7 @@ def plan(q, k, v, ek, ev, bias, lengths, grid, pattern, text, text_first, scale,
     key = (
         _signature(q), _signature(k), _signature(v), _signature(ek), _signature(ev), _signature(bias),
         _signature(lengths), q.device, grid, pattern, text, text_first, scale, tiles,
-        torch.backends.cuda.matmul.allow_tf32, forward_choice, text_rows.choice,
+        torch.backends.cuda.matmul.allow_tf32, forward_choice, backward_choice, text_rows.choice,
         torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     found = _plans.get(key)
@@ -386,8 +393,9 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)
     dv = torch.empty_like(dk)
-    query_grad(p, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq)
-    key_grad(p, tma, q, k, v, grad, bias, lse, delta, dk, dv)
+    if not (tma and p.gluon_grad is not None and _gluon_backward(p, q, k, v, grad, lse, delta, dq, dk, dv)):
+        query_grad(p, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq)
+        key_grad(p, tma, q, k, v, grad, bias, lse, delta, dk, dv)
     dbias = None if bias is None else bias_grad(p, q, k, v, grad, bias, lse, delta)
     if p.text:
         place = slice(p.text_at, p.text_at + p.text)
@@ -403,6 +411,24 @@ def backward(
     elif ek is not None:
         dek, dev = torch.zeros_like(ek), torch.zeros_like(ev)
     return dq, dk, dv, dek, dev, dbias
+
+
+def _gluon_backward(p: Plan, q, k, v, grad, lse, delta, dq, dk, dv) -> bool:
+    """Whether the kernels of kernels_grad.py ran; where one fails to compile or start, Triton's run from then on."""
+    from . import gluon_grad
+
+    if gluon_grad.failed and backward_choice == "auto":
+        return False
+    try:
+        gluon_grad.backward(p, q, k, v, grad, lse, delta, dq, dk, dv)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever Gluon, the assembler or the driver say
+        if backward_choice == "gluon":
+            raise
+        give_up(gluon_grad.failed, e, "local_attention's gradients run Triton's kernels, not Gluon's")
+        return False
+    return True
 
 
 def query_grad(p: Plan, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq) -> None:

@@ -1,18 +1,16 @@
 """Launches the Gluon kernels of the backward pass (kernels_grad.py) on compute capability 9.0."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import triton
 
-from . import fused, gluon, tables
+from . import gluon, tables
 from .patterns import Axis, Disk, Neighborhood
 
 SIDE = tables.SIDE
-# 'auto', 'triton', or 'gluon' wherever it can run; for benchmarks and tests
-CHOICES = ("auto", "triton", "gluon")
 KERNELS = "visionattn.ops.local.kernels_grad"
 
 
@@ -30,6 +28,10 @@ class Setting:
 
 QUERY = Setting()
 KEY = Setting()
+# Whether 'auto' takes them: where they were measured to be right and faster (docs/kernels.md).
+IN_AUTO = {"window": False, "disk": False}
+
+failed: list[str] = []
 
 
 @functools.lru_cache(maxsize=256)
@@ -61,6 +63,26 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
     if not all(_full_axis(a, SIDE * g[i], SIDE) for g in wide for i, a in enumerate(axes)):
         return f"is of windows all of whose tiles of {SIDE} x {SIDE} are full"
     return None
+
+
+def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> tuple[Setting, Setting] | None:
+    """What the grid's rows of dq, and of dk and dv, run with, or None for the Triton kernels.
+
+    which: ``'auto'`` takes Gluon where it was measured to be faster: heads of 128 channels, enough tiles to fill the
+    GPU, and a version of triton they ran with; ``'triton'`` never; ``'gluon'`` wherever it can run.
+    """
+    if which == "triton" or (which == "auto" and failed):
+        return None
+    if reason(q, k, v, ek, bias, lengths, grid, pattern, text) is not None:
+        return None
+    if which == "auto":
+        fills = math.prod(grid) * q.shape[0] * k.shape[2] >= gluon.TILES * 2 * SIDE**2 * gluon._processors(q.device)
+        measured = q.shape[-1] == 128 and triton.__version__.startswith(gluon.MEASURED)
+        if isinstance(pattern, Disk):
+            measured = measured and pattern.radius <= gluon.RADIUS
+        if not (measured and fills and IN_AUTO["disk" if isinstance(pattern, Disk) else "window"]):
+            return None
+    return QUERY, KEY
 
 
 def _numbers(p, setting: Setting) -> tuple:
@@ -111,3 +133,10 @@ def key_grad(p, q, k, v, grad, lse, delta, dk, dv, setting: Setting) -> None:
         QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=p.D,
         TEXT_LAST=p.first == 0 and p.text > 0, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
     )  # fmt: skip
+
+
+def backward(p, q, k, v, grad, lse, delta, dq, dk, dv) -> None:
+    """Writes the grid's rows of all three gradients."""
+    query, key = p.gluon_grad
+    query_grad(p, q, k, v, grad, lse, delta, dq, query)
+    key_grad(p, q, k, v, grad, lse, delta, dk, dv, key)

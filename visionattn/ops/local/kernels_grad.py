@@ -1,4 +1,4 @@
-# ruff: noqa: RUF059, SIM113 -- tuples of arguments are unpacked whole
+# ruff: noqa: RUF059, SIM113, B007 -- tuples of arguments are unpacked whole
 """Gluon: backward kernels of local attention for Hopper GPUs (compute capability 9.0), on grids of two axes.
 
 As kernels_backward.py: one kernel for dq, one for dk and dv, and nothing is added atomically. What is different: one
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from visionattn.ops._hopper import as_block, thread_barrier
 
 from . import kernels
-from .kernels_disk import hide, load_grid, place, visit, visits_of, words_of
+from .kernels_disk import hide, place, visit, visits_of, words_of
 
 M = gl.constexpr(64)  # tokens of a warpgroup, and of a tile of the other side: 8 x 8 each
 visit_keys, visit_queries = gluon.jit(kernels.visit_keys.fn), gluon.jit(kernels.visit_queries.fn)
