@@ -76,7 +76,7 @@ def compile_disk(setting, dim=128):
 def compile_grad(kernel, setting, kind, dim=128, **more):
     constants = dict(
         QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=dim,
-        REGISTERS=setting.registers, **more,
+        REGISTERS=setting.registers, ORDERED=setting.ordered, **more,
     )  # fmt: skip
     if kind == 0:
         constants |= dict(table=None, bits=None)

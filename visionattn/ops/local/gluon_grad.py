@@ -16,14 +16,19 @@ KERNELS = "visionattn.ops.local.kernels_grad"
 
 @dataclass(frozen=True)
 class Setting:
-    """A variant of a kernel: warpgroups (y, x) of 8 x 8 own tokens that share loads, tiles in flight, registers per
-    thread of the consumers and of the loading warp, what ptxas is told, and whether queries stay in registers."""
+    """A variant of a kernel.
+
+    groups: warpgroups (y, x) of 8 x 8 own tokens that share loads; `stages`: tiles in flight; `registers`: per thread,
+    of the consumers and of the loading warp; `cap`: what ptxas is told; `in_registers`: whether queries and their
+    gradients stay there; `ordered`: whether exponentials are kept beside the product of gradients and values.
+    """
 
     groups: tuple[int, int] = (1, 2)
     stages: int = 4
     registers: tuple[int, int] = (240, 24)
     cap: int = 168
     in_registers: bool = True
+    ordered: bool = False
 
 
 QUERY = Setting()
@@ -117,7 +122,8 @@ def query_grad(p, q, k, v, grad, lse, delta, dq, setting: Setting) -> None:
         *(_grid(p, x) for x in (q, grad, k, v)), *_runs(p, k, v), _grid(p, dq), lse, delta, *tensors,
         *p.grid, p.heads, tiles_y, tiles_x, tiles, *box, p.text, p.group, *rest, p.N, p.first, p.qk_scale, p.scale,
         QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=p.D,
-        QREG=setting.in_registers, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+        QREG=setting.in_registers, ORDERED=setting.ordered, REGISTERS=setting.registers, num_warps=4,
+        maxnreg=setting.cap,
     )  # fmt: skip
 
 
@@ -131,7 +137,8 @@ def key_grad(p, q, k, v, grad, lse, delta, dk, dv, setting: Setting) -> None:
         *(_grid(p, x) for x in (k, v, q, grad)), *_runs(p, q, grad), _grid(p, dk), _grid(p, dv), lse, delta, *tensors,
         *p.grid, p.heads, tiles_y, tiles_x, tiles, *box, p.text, p.group, *rest, p.N, p.first, p.qk_scale, p.scale,
         QY=setting.groups[0], QX=setting.groups[1], KIND=kind, STAGES=setting.stages, D=p.D,
-        TEXT_LAST=p.first == 0 and p.text > 0, REGISTERS=setting.registers, num_warps=4, maxnreg=setting.cap,
+        TEXT_LAST=p.first == 0 and p.text > 0, ORDERED=setting.ordered, REGISTERS=setting.registers,
+        num_warps=4, maxnreg=setting.cap,
     )  # fmt: skip
 
 

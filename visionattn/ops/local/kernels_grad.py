@@ -66,7 +66,7 @@ def base_two(lse):
 
 @gluon.jit
 def query_step(ring, words, MASKED: gl.constexpr, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES: gl.constexpr,
-               mma_s: gl.constexpr):  # fmt: skip
+               mma_s: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
     """Adds a tile of keys' share to dq."""
     k_bufs, v_bufs = bufs
     full, empty = bars
@@ -79,7 +79,11 @@ def query_step(ring, words, MASKED: gl.constexpr, q, g, bufs, bars, dq, lse2, de
     if MASKED:
         s = hide(s, words)
     p = gl.exp2(s * qk_scale - lse2[:, None])
-    dp = warpgroup_mma_wait(0, deps=[dp])
+    if ORDERED:
+        mbarrier.wait(full.index(slot), phase)
+        dp, p = warpgroup_mma_wait(0, deps=[dp, p])
+    else:
+        dp = warpgroup_mma_wait(0, deps=[dp])
     ds = p * (dp - delta[:, None])
     ds = gl.convert_layout(ds.to(k_bufs.dtype), gl.DotOperandLayout(0, dq.type.layout, 2))
     dq = warpgroup_mma(ds, k_bufs.index(slot), dq, is_async=True)
@@ -90,7 +94,7 @@ def query_step(ring, words, MASKED: gl.constexpr, q, g, bufs, bars, dq, lse2, de
 
 @gluon.jit
 def key_step(ring, words, MASKED: gl.constexpr, k, v, bufs, bars, dk, dv, qk_scale, STAGES: gl.constexpr,
-             mma_s: gl.constexpr):  # fmt: skip
+             mma_s: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
     """Adds a tile of queries' share to dk and dv. Logits are (keys, queries)."""
     q_bufs, g_bufs, lse_bufs, delta_bufs = bufs
     full, empty = bars
@@ -108,7 +112,11 @@ def key_step(ring, words, MASKED: gl.constexpr, k, v, bufs, bars, dk, dv, qk_sca
         s = hide(s, words)
     p = gl.exp2(s * qk_scale - lse2[None, :])
     half = gl.convert_layout(p.to(q_bufs.dtype), operand)
-    dp = warpgroup_mma_wait(0, deps=[dp])
+    if ORDERED:
+        mbarrier.wait(full.index(slot), phase)
+        dp, p, half = warpgroup_mma_wait(0, deps=[dp, p, half])
+    else:
+        dp = warpgroup_mma_wait(0, deps=[dp])
     dv = warpgroup_mma(half, g, dv, is_async=True)
     delta = delta_bufs.index(slot).load(column)
     ds = p * (dp - delta[None, :])
@@ -145,6 +153,7 @@ def consume_queries(WHICH: gl.constexpr, bufs, bars, own_bufs, own_bars, dq_desc
     QX: gl.constexpr = CONST[2]
     KIND: gl.constexpr = CONST[3]
     QREG: gl.constexpr = CONST[4]
+    ORDERED: gl.constexpr = CONST[5]
     sizes, box, text, group, classes_x, entries, table, bits, lse_ptr, delta_ptr, length, first, scales = numbers
     H, W, heads, tiles_y, tiles_x, tiles = sizes
     qk_scale, scale = scales
@@ -175,23 +184,25 @@ def consume_queries(WHICH: gl.constexpr, bufs, bars, own_bufs, own_bars, dq_desc
         dq = gl.zeros([M, D], gl.float32, mma_o)
         for i in range(begin, stop):
             if KIND == 0:
-                dq = query_step(ring, (0,), False, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s)
+                dq = query_step(ring, (0,), False, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s, ORDERED)
             else:
                 ky, kx, number = origin(i, shape, table, entries, KIND)
                 if (number >> (16 + WHICH)) & 1:
                     words = words_of(bits, number, ky, kx, sizes, WHICH, QY * QX, row)
-                    dq = query_step(ring, words, True, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s)
+                    dq = query_step(
+                        ring, words, True, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s, ORDERED
+                    )
                 else:
                     pass_over(ring, bars, STAGES)
             ring += 1
         for i in range(0, text // M):
-            dq = query_step(ring, (0,), False, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s)
+            dq = query_step(ring, (0,), False, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s, ORDERED)
             ring += 1
         if text % M > 0:
             all_ = gl.full([], 0xFFFFFFFFFFFFFFFF, gl.uint64)
             shown = (all_ >> (64 - text % M).to(gl.uint64)).to(gl.int64, bitcast=True)
             words = gl.full([M], 0, gl.int64, row) | shown
-            dq = query_step(ring, words, True, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s)
+            dq = query_step(ring, words, True, q, g, bufs, bars, dq, lse2, delta, qk_scale, STAGES, mma_s, ORDERED)
             ring += 1
         store_grid(dq * scale, q_bufs.index(WHICH), dq_desc, batch, y, x, head)
         tma.store_wait(0)
@@ -207,6 +218,7 @@ def consume_keys(WHICH: gl.constexpr, bufs, bars, own_bufs, own_bars, outs, numb
     QY: gl.constexpr = CONST[1]
     QX: gl.constexpr = CONST[2]
     KIND: gl.constexpr = CONST[3]
+    ORDERED: gl.constexpr = CONST[5]
     sizes, box, text, group, classes_x, entries, table, bits, lse_ptr, delta_ptr, length, first, scales = numbers
     H, W, heads, tiles_y, tiles_x, tiles = sizes
     qk_scale, scale = scales
@@ -229,18 +241,18 @@ def consume_keys(WHICH: gl.constexpr, bufs, bars, own_bufs, own_bars, outs, numb
         for member in range(0, group):
             for i in range(begin, stop):
                 if KIND == 0:
-                    dk, dv = key_step(ring, (0,), False, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s)
+                    dk, dv = key_step(ring, (0,), False, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s, ORDERED)
                 else:
                     qy, qx, number = origin(i, shape, table, entries, KIND)
                     if (number >> (16 + WHICH)) & 1:
                         words = words_of(bits, number, qy, qx, sizes, WHICH, QY * QX, row)
-                        dk, dv = key_step(ring, words, True, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s)
+                        dk, dv = key_step(ring, words, True, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s, ORDERED)
                     else:
                         pass_over(ring, bars, STAGES)
                 ring += 1
             # queries behind the text's end are read as zeros, and so add nothing
             for i in range(0, (text + M - 1) // M):
-                dk, dv = key_step(ring, (0,), False, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s)
+                dk, dv = key_step(ring, (0,), False, k, v, bufs, bars, dk, dv, qk_scale, STAGES, mma_s, ORDERED)
                 ring += 1
         y, x = ty * QY * 8 + WHICH // QX * 8, tx * QX * 8 + WHICH % QX * 8
         store_grid(dk * scale, k, dk_desc, batch, y, x, kv_head)
@@ -331,7 +343,7 @@ def produce_queries(bufs, bars, own_bufs, own_bars, descs, numbers, CONST: gl.co
     KIND: gl.constexpr = CONST[3]
     sizes, box, text, group, classes_x, entries, table, bits, lse_ptr, delta_ptr, length, first, scales = numbers
     H, W, heads, tiles_y, tiles_x, tiles = sizes
-    TEXT_LAST: gl.constexpr = CONST[5]
+    TEXT_LAST: gl.constexpr = CONST[4]
     text_at = H * W if TEXT_LAST else 0
     own_descs, grid_descs, run_descs = descs
     q_bufs, g_bufs, lse_bufs, delta_bufs = bufs
@@ -399,7 +411,7 @@ def query_grad(
     H, W, heads, tiles_y, tiles_x, tiles, wy, wx, sy, sx, text, group, classes_x, entries, length, first, qk_scale,
     scale,
     QY: gl.constexpr, QX: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, QREG: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of the grid's queries. Two warpgroups (QY, QX) of 8 x 8 queries share the loads of keys and values."""
     dtype: gl.constexpr = q_desc.dtype
@@ -417,7 +429,7 @@ def query_grad(
         sizes, box, text, group, classes_x, entries, table, bits, lse_ptr, delta_ptr, length, first, (qk_scale, scale),
     )  # fmt: skip
     descs = ((q_desc, g_desc), (k_desc, v_desc), (kt_desc, vt_desc))
-    CONST: gl.constexpr = (STAGES, QY, QX, KIND, QREG)
+    CONST: gl.constexpr = (STAGES, QY, QX, KIND, QREG, ORDERED)
     gl.warp_specialize(
         [
             (consume_queries, (0, bufs, bars, own_bufs, own_bars, dq_desc, numbers, CONST)),
@@ -434,7 +446,7 @@ def key_grad(
     H, W, heads, tiles_y, tiles_x, tiles, wy, wx, sy, sx, text, group, classes_x, entries, length, first, qk_scale,
     scale,
     QY: gl.constexpr, QX: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    TEXT_LAST: gl.constexpr, REGISTERS: gl.constexpr,
+    TEXT_LAST: gl.constexpr, ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the grid's keys. Two warpgroups (QY, QX) of 8 x 8 keys share the loads of queries."""
     dtype: gl.constexpr = k_desc.dtype
@@ -456,7 +468,7 @@ def key_grad(
     )  # fmt: skip
     descs = ((k_desc, v_desc), (q_desc, g_desc), (qt_desc, gt_desc))
     outs = (dk_desc, dv_desc)
-    CONST: gl.constexpr = (STAGES, QY, QX, KIND, False, TEXT_LAST)
+    CONST: gl.constexpr = (STAGES, QY, QX, KIND, TEXT_LAST, ORDERED)
     gl.warp_specialize(
         [
             (consume_keys, (0, bufs, bars, own_bufs, own_bars, outs, numbers, CONST)),
