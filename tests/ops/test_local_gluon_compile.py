@@ -121,13 +121,14 @@ def test_full_windows():
             continue
         axis = Axis(n, window, stride)
         mask = axis.mask()
-        full = True
-        for m in (mask, mask.T):
+        for m, keys_own in ((mask, False), (mask.T, True)):
+            full = True
             for first in range(0, n, own):
                 seen = m[first : first + own]
                 at = np.flatnonzero(seen.any(0))
                 full &= bool(seen[:, at[0] : at[-1] + 1].all()) and (at[-1] + 1 - at[0]) % 8 == 0
-        assert gluon_grad._full_axis(axis, own, 8) == full, (n, window, stride, own)
+            found = gluon_grad._full_axis(axis, own, 8, keys_own)
+            assert found == full, (n, window, stride, own, keys_own)
 
 
 def test_planner_knows_its_limits():

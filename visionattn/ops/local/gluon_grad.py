@@ -32,26 +32,25 @@ class Setting:
 
 
 QUERY = Setting()
-KEY = Setting()
+KEY = Setting(groups=(2, 1))
 # Whether 'auto' takes them: where they were measured to be right and faster (docs/kernels.md).
-IN_AUTO = {"window": False, "disk": False}
+IN_AUTO = {"window": True, "disk": False}
 
 failed: list[str] = []
 
 
 @functools.lru_cache(maxsize=256)
-def _full_axis(axis: Axis, own: int, other: int) -> bool:
-    """Whether all tiles that queries, and that keys, of an axis visit are full."""
+def _full_axis(axis: Axis, own: int, other: int, keys_own: bool) -> bool:
+    """Whether all tiles are full that tiles of queries of an axis, or of keys, visit."""
     n = axis.length
     at = np.arange(n)
-    start, end = axis.start(at, n), axis.end(at, n)
-    for low, high in ((start, end), (np.searchsorted(end, at, "right"), np.searchsorted(start, at, "right"))):
-        first = np.arange(0, n, own)
-        last = np.minimum(first + own, n) - 1
-        same = (low[first] == low[last]) & (high[first] == high[last])
-        if not (same & ((high[first] - low[first]) % other == 0)).all():
-            return False
-    return True
+    low, high = axis.start(at, n), axis.end(at, n)
+    if keys_own:
+        low, high = np.searchsorted(high, at, "right"), np.searchsorted(low, at, "right")
+    first = np.arange(0, n, own)
+    last = np.minimum(first + own, n) - 1
+    same = (low[first] == low[last]) & (high[first] == high[last])
+    return bool((same & ((high[first] - low[first]) % other == 0)).all())
 
 
 def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
@@ -64,8 +63,8 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
     axes = pattern.axes(grid)
     if any(a.causal for a in axes):
         return "has no causal windows"
-    wide = {s.groups for s in (QUERY, KEY)}
-    if not all(_full_axis(a, SIDE * g[i], SIDE) for g in wide for i, a in enumerate(axes)):
+    owners = ((QUERY.groups, False), (KEY.groups, True))
+    if not all(_full_axis(a, SIDE * g, SIDE, keys) for s, keys in owners for g, a in zip(s, axes, strict=True)):
         return f"is of windows all of whose tiles of {SIDE} x {SIDE} are full"
     return None
 
