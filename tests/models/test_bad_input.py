@@ -66,6 +66,8 @@ FORWARD = {
     "one side": ("ninformer_patch4_32", (1, 3, 32, 36), ["32 x 32"]),
     "channels": ("ninformer_patch4_32", (1, 1, 32, 32), ["3 channels", "got 1"]),
     "channels of a map": ("test_halo", (1, 1, 32, 32), ["3 channels", "got 1"]),
+    "channels of patches": ("test_inline_deit", (1, 4, 64, 64), ["3 channels", "got 4"]),
+    "channels of a pyramid": ("test_agent_swin", (1, 1, 96, 96), ["3 channels", "got 1"]),
     "no batch": ("test_halo", (3, 32, 32), ["4D", "3D"]),
 }
 

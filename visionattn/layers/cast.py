@@ -160,6 +160,8 @@ class PatchConv2d(Conv2d):
         if not torch.jit.is_scripting():
             weight, bias = self.cast()
             x = lowered(x)
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
+            return self._conv_forward(x, weight, bias)  # says what is wrong
         B, C, H, W = x.shape
         p, q = self.kernel_size
         h, w = H // p, W // q
