@@ -231,6 +231,10 @@ def test_best_epoch(small, tmp_path):
     again.load(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert again.evaluate_best("val")["accuracy"] == pytest.approx(max(accuracies))
     assert again.evaluate("val")["accuracy"] == pytest.approx(accuracies[-1])
+    before = {name: value.clone() for name, value in again.net.state_dict().items()}
+    train = again.evaluate("train")  # running statistics, no sign flips, no update: as the paper's table has it
+    assert again.evaluate("train") == train and train["accuracy"] != again.history[-1]["train_accuracy"]
+    assert all(torch.equal(value, before[name]) for name, value in again.net.state_dict().items())
 
 
 def test_arpack_eigenvectors():

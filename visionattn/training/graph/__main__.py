@@ -160,6 +160,7 @@ def summary(trainer: GraphTrainer, ended: bool) -> dict:
         "dataset": cfg.dataset, "epochs": trainer.epoch, "ended": ended, "lr": trainer.lr, "seed": cfg.seed,
         "data_seed": cfg.data_seed, "eigenvectors": cfg.eigenvectors, "lap_pos_enc": trainer.net.lap_pos_enc,
         "test_accuracy": test["accuracy"], "test_loss": test["loss"],
+        "train_accuracy": trainer.evaluate("train")["accuracy"],
         "val_accuracy": trainer.history[-1]["val_accuracy"] if trainer.history else None,
         "parameters": sum(p.numel() for p in trainer.net.parameters()),
         "seconds": round(trainer.seconds, 1), "torch": torch.__version__,

@@ -184,14 +184,14 @@ class GraphTrainer:
 
     def _compute(self, split: str, ids, signs, size: tuple[int, int], padded: bool):
         batch = gather_batch(self.data[split], ids, *size, padded)
-        if split == "train":
+        if self.net.training:
             batch.encoding = batch.encoding * signs
         scores = net_forward(self.net, batch, self.padded_update if padded else self.update)
         return weighted_loss(scores, batch.label), balanced_accuracy(scores, batch.label)
 
     def _step(self, split: str, ids, signs, size: tuple[int, int], padded: bool, sums: torch.Tensor) -> None:
-        """One batch, and in training one update; adds loss and accuracy to ``sums`` (2,)."""
-        if split == "train":
+        """One batch, and in train mode one update; adds loss and accuracy to ``sums`` (2,)."""
+        if self.net.training:
             loss, accuracy = self._compute(split, ids, signs, size, padded)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -202,9 +202,10 @@ class GraphTrainer:
         sums += torch.stack([loss.detach(), accuracy.float()])
 
     def _captured(self, split: str):
-        """(replay, ids, signs, sums): the step of a split as a CUDA graph over fixed tensors."""
-        if split in self._graphs:
-            return self._graphs[split]
+        """(replay, ids, signs, sums): the step of a split, in the net's mode, as a CUDA graph over fixed tensors."""
+        key = split, self.net.training
+        if key in self._graphs:
+            return self._graphs[key]
         ids = self._order(split, None)[0].to(self.device)
         signs = torch.ones(self.data[split].encoding.shape[1], device=self.device)
         sums = torch.zeros(2, device=self.device)
@@ -228,8 +229,8 @@ class GraphTrainer:
                 for k, v in state.items():
                     v.copy_(moments[p][k]) if p in moments else v.zero_()
         sums.zero_()
-        self._graphs[split] = (graph.replay, ids, signs, sums)
-        return self._graphs[split]
+        self._graphs[key] = (graph.replay, ids, signs, sums)
+        return self._graphs[key]
 
     def prepare(self) -> None:
         """Captures the steps now rather than when they are first needed: nothing else may use the device meanwhile."""
@@ -238,7 +239,7 @@ class GraphTrainer:
             self._captured(split)
 
     def _run(self, split: str, generator: torch.Generator | None) -> dict[str, float]:
-        self.net.train(split == "train")
+        self.net.train(generator is not None)
         order = self._order(split, generator)
         totals = torch.stack(self._totals(split, order), 1).tolist()
         k = self.data[split].encoding.shape[1]
@@ -272,7 +273,7 @@ class GraphTrainer:
         return self._run("train", generator)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Mean loss and accuracy of the batches of a split, unshuffled, at the training batch size."""
+        """Mean loss and accuracy of the batches of a split, unshuffled, at the training batch size, without updates."""
         return self._run(split, None)
 
     def evaluate_best(self, split: str) -> dict[str, float]:
