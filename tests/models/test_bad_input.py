@@ -91,6 +91,20 @@ def test_nothing_is_half_changed():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
 
 
+@pytest.mark.parametrize(
+    "name", ["test_agent_deit", "test_inline_swin", "agent_pvt_tiny", "agent_cswin_tiny", "test_mala"]
+)
+def test_refused_size_changes_nothing(name):
+    model = timm.create_model(name, device="meta")
+    known = {k: v for k, v in vars(model).items() if k in ("img_size", "grid", "grids")}
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    for size in (0, (64, -1)):
+        with pytest.raises(ValueError, match=r"img_size=|positive image size"):
+            model.set_input_size(img_size=size)
+    assert {k: v for k, v in vars(model).items() if k in known} == known
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+
+
 def test_channel_module_on_tokens_is_an_error():
     with pytest.raises(ValueError, match="nothing in NiNformer matches at='conv'"):
         visionattn.insert(timm.create_model("test_ninformer"), "ela_b", at="conv")

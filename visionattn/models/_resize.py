@@ -4,7 +4,7 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, to_2tuple
 from torch import nn
 
 from visionattn.layers.agent import LINE_AXIS, resize_lines
@@ -14,6 +14,18 @@ from ._checkpoint import unwrap_state_dict
 
 _logger = logging.getLogger(__name__)
 _BUFFERS = ("attn_mask", "relative_position_index")
+
+
+def checked_size(img_size: int | tuple[int, int], smallest: int = 1) -> tuple[int, int]:
+    """An input size (height, width) that ``set_input_size`` can take.
+
+    Raises:
+        ValueError: for a side below ``smallest``; nothing of the model is changed then.
+    """
+    size = to_2tuple(img_size)
+    if len(size) != 2 or min(size) < smallest:
+        raise ValueError(f"img_size={img_size}: give a height and a width of at least {smallest} px")
+    return size
 
 
 @register_notrace_function

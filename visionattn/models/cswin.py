@@ -19,6 +19,7 @@ from visionattn.layers.window import StripeAttention
 
 from ._plan import make_mixer, mixes, numbers
 from ._pyramid import STAGES, Blocks, Pyramid
+from ._resize import checked_size
 
 __all__ = ["CSWinHost"]
 
@@ -218,7 +219,7 @@ class CSWinHost(Pyramid):
             split_size, la_split_size: stripes, as the constructor has them; by default they follow the map, or stay
                 what the constructor was given.
         """
-        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        self.img_size = self.img_size if img_size is None else checked_size(img_size)
         if split_size is not None:
             self.split_arg = numbers(split_size, "split_size", STAGES)
         if la_split_size is not None:

@@ -310,8 +310,8 @@ class MAViT(PooledClassifier):
         """Records another input size; every size goes anyway."""
         if img_size is None or to_2tuple(img_size) == self.img_size:
             return
+        update_model_input_size(self, to_2tuple(img_size))  # refuses sizes first
         self.img_size = to_2tuple(img_size)
-        update_model_input_size(self, self.img_size)
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))

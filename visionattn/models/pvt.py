@@ -23,7 +23,7 @@ from visionattn.layers.window import SpatialReductionAttention
 
 from ._plan import agent_shapes_of, make_mixer, mixes, numbers
 from ._pyramid import STAGES, Blocks, PatchEmbed, Pyramid
-from ._resize import resize_positions
+from ._resize import checked_size, resize_positions
 
 __all__ = ["PVTHost"]
 
@@ -184,7 +184,7 @@ class PVTHost(Pyramid):
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Makes the model one for another size, positions and tables resized as the authors' loader does."""
         old = self.grids
-        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        self.img_size = self.img_size if img_size is None else checked_size(img_size, 32)
         self.grids = self._grids()
         for stage in range(self.num_stages):
             name, grid = f"pos_embed{stage + 1}", self.grids[stage]

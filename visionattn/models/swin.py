@@ -20,6 +20,7 @@ from visionattn.layers.window import WindowAttention, shift_mask
 
 from ._plan import agent_shapes_of, make_mixer, mixes, numbers
 from ._pyramid import STAGES, Blocks, PatchEmbed, Pyramid
+from ._resize import checked_size
 
 __all__ = ["SwinHost"]
 
@@ -276,7 +277,7 @@ class SwinHost(Pyramid):
             img_size: the new size; the present one by default.
             window_size: the mechanism's window; by default it follows the map, or stays what the constructor was given.
         """
-        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        self.img_size = self.img_size if img_size is None else checked_size(img_size)
         self.window_arg = self.window_arg if window_size is None else to_2tuple(window_size)
         for stage, layer in enumerate(self.layers):
             for block in layer.blocks:

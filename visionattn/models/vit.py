@@ -16,7 +16,7 @@ from visionattn._timm import checkpoint, feature_take_indices, update_model_inpu
 from visionattn.layers.cast import Mlp, PatchConv2d, PreNorm, ResidualNorm
 
 from ._plan import make_mixer, numbers
-from ._resize import resize_positions
+from ._resize import checked_size, resize_positions
 
 __all__ = ["ViTHost"]
 
@@ -168,7 +168,7 @@ class ViTHost(VisionTransformer):
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Makes the model one for another size, positions and tables resized as the authors' loader does."""
-        img_size = to_2tuple(self.patch_embed.img_size if img_size is None else img_size)
+        img_size = checked_size(self.patch_embed.img_size if img_size is None else img_size)
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         grid = tuple(-(-size // side) for size, side in zip(img_size, self.patch_embed.patch_size, strict=True))
         if grid != self.grid:
