@@ -26,18 +26,22 @@ IN_AUTO = {
 }
 
 
+# kernels that compiled programs take, too, where no gradient is wanted: measured there by benchmarks/backbones.py
+IN_PROGRAMS: frozenset[str] = frozenset()
+
+
 @torch.jit.unused
 def in_auto(operator: str) -> bool:
     """Whether ``'auto'`` takes the kernel of this operator where it can run.
 
-    Not in programs (compiled, exported), where the compiler fuses PyTorch's operators and nothing was measured, and not
-    under ``torch.func``'s transforms, whose tensors have no memory to read.
+    In compiled programs :data:`IN_PROGRAMS` decides (the compiler fuses PyTorch's operators). Never in exported ones,
+    and not under ``torch.func``'s transforms, whose tensors have no memory to read.
     """
-    if KERNELS != "auto" or not IN_AUTO[operator]:
+    if KERNELS != "auto":
         return KERNELS == "triton"
     if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+        return operator in IN_PROGRAMS and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return IN_AUTO[operator] and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @torch.compiler.assume_constant_result  # the compiler can't look into triton's settings

@@ -4,14 +4,10 @@ Agent attention adds the depthwise convolution of its values (ECCV 2024, arXiv 2
 attention one whose kernels are predicted per image (NeurIPS 2024, arXiv 2412.06590, section 4.3).
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 
-from ._triton import in_auto
-
-HAS_TRITON = find_spec("triton") is not None
+from ._triton import cannot_run, in_auto
 
 
 def kernel_side(weight: torch.Tensor) -> int:
@@ -82,16 +78,10 @@ def can_run_triton(out: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the Triton kernels can't run on these tensors; None where they can."""
     if out.dtype == torch.float64 or v.dtype == torch.float64:
         return "its sums are float32, the tensors float64"
-    if not HAS_TRITON:
-        return "triton is not installed"
     if torch.onnx.is_in_onnx_export():
         return "the export needs PyTorch's own operators"
-    if not out.is_cuda:
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            return f"the tensors are on {out.device.type}, not on a CUDA GPU"
-    return None
+    reason = cannot_run(str(out.device), out.dtype)
+    return cannot_run(str(v.device), v.dtype) if reason is None else reason
 
 
 @torch.jit.unused
