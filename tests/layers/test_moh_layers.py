@@ -95,8 +95,12 @@ def test_offsets_are_those_of_adaptive_pooling(q, k):
     position = torch.arange(q, dtype=torch.float64)
     keys = torch.nn.functional.adaptive_avg_pool1d(position[None, None], k)[0, 0]
     t = (position[:, None] - keys) / (q - 1) * 8
-    values, index = axis_offsets(q, k, q, torch.device("cpu"))
-    torch.testing.assert_close(values[index].double(), t.sign() * (t.abs() + 1).log2() / 3, rtol=0, atol=1e-6)
+    for dtype, error in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        values, index = axis_offsets(q, k, q, torch.device("cpu"), dtype)
+        torch.testing.assert_close(values[index].double(), t.sign() * (t.abs() + 1).log2() / 3, rtol=0, atol=error)
+    layer = AggregatedAttention(8, (q, q), num_heads=2, sr_ratio=q // k, dtype=torch.float64)
+    pairs = layer.distances((q, q), (k, k))[0]
+    assert set(pairs[:, 0].tolist()) == set(values.tolist()), "a float64 layer has them in float64"
 
 
 @pytest.mark.parametrize("cls, kwargs", [(CosineAttention, {}), (AggregatedAttention, dict(sr_ratio=2))])

@@ -94,3 +94,5 @@ def test_refuses():
     with pytest.raises(ValueError, match="shared=9"):
         visionattn.to_moh(model, shared=9)
     assert not heads_of(model)
+    with pytest.raises(ValueError, match="routed heads already"):
+        visionattn.to_moh(visionattn.to_moh(model))

@@ -162,6 +162,8 @@ def test_errors(tmp_path):
         visionattn.create_dit("moh_dit_s_2_76")
     with pytest.raises(TypeError):
         visionattn.create_dit("test_moh_dit", nonsense=1)
+    with pytest.raises(ValueError, match=r"hidden_size=54: .* multiple of 4"):
+        visionattn.create_dit("test_moh_dit", hidden_size=54)
     with pytest.raises(ValueError, match="depth=2"):
         visionattn.create_dit("test_moh_dit", shared_head=[1, 2, 3])
     torch.save(tiny("dit_s_2", hidden_size=24, num_heads=3).state_dict(), tmp_path / "other.pt")

@@ -70,6 +70,7 @@ def test_small_models_and_errors():
     calls = [
         (lambda: timm.create_model("test_graph_vit", norm="gn"), "use 'bn' or 'ln'"),
         (lambda: timm.create_model("test_graph_vit", k=6), "k=4 or k=8"),
+        (lambda: timm.create_model("test_graph_vit", knn=True, k=0), "1 nearest neighbour at least"),
         (lambda: timm.create_model("test_graph_vit", num_heads=7), "does not divide"),
         (lambda: timm.create_model("test_graph_vit", knn=True, k=9, img_size=8), "choose a smaller k"),
     ]

@@ -38,6 +38,8 @@ def to_moh(
             heads do not fit.
     """
     found = [(name, m) for name, m in model.named_modules() if type(m) is Attention]
+    if not found and any(isinstance(m, MoHAttention) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} has routed heads already: give to_moh the dense model, a new one")
     if not found:
         raise ValueError(f"{type(model).__name__} has no timm.layers.Attention: to_moh changes standard attention only")
     for name, old in found:

@@ -22,7 +22,9 @@ from .registry import register_module
 _CACHED_ELEMENTS = 2**22  # a larger bias is not kept between forwards
 
 
-def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def axis_offsets(
+    q: int, k: int, pretrain: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-spaced distances between q queries and k pooled keys along one axis.
 
     A key lies at the mean of the queries that adaptive pooling gives it.
@@ -31,7 +33,7 @@ def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[t
         pretrain: queries along the axis in pretraining, to which distances are relative.
 
     Returns:
-        The distinct distances (U,) in float32, and the index (q, k) of each pair's.
+        The distinct distances (U,) in ``dtype``, and the index (q, k) of each pair's.
     """
     queries = torch.arange(q, device=device)
     keys = torch.arange(k, device=device)
@@ -45,7 +47,7 @@ def axis_offsets(q: int, k: int, pretrain: int, device: torch.device) -> tuple[t
         first = (q + k - 1) // k - 1
         index = 2 * queries[:, None] - twice[None] + last
         values = (torch.arange(2 * (q - 1) + last - first + 1, device=device) - last) / 2
-    distance = values.to(torch.float32) * 8.0 / max(pretrain - 1, 1)
+    distance = values.to(dtype) * 8.0 / max(pretrain - 1, 1)
     return torch.sign(distance) * torch.log2(distance.abs() + 1.0) / 3.0, index  # log2(8)
 
 
@@ -79,8 +81,9 @@ class ContinuousPositionBias(HeadRouter):
     def distances(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The distinct pairs of distances (U, 2), and the index (H * W * Hp * Wp) of each query's and key's."""
         weight = self.cpb_fc1.weight
-        rows, row_index = axis_offsets(grid[0], pooled[0], self.pretrain_grid[0], weight.device)
-        cols, col_index = axis_offsets(grid[1], pooled[1], self.pretrain_grid[1], weight.device)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        rows, row_index = axis_offsets(grid[0], pooled[0], self.pretrain_grid[0], weight.device, dtype)
+        cols, col_index = axis_offsets(grid[1], pooled[1], self.pretrain_grid[1], weight.device, dtype)
         n_rows, n_cols = rows.shape[0], cols.shape[0]
         pairs = torch.stack([rows[:, None].expand(n_rows, n_cols), cols[None].expand(n_rows, n_cols)], dim=-1)
         index = row_index[:, None, :, None] * n_cols + col_index[None, :, None, :]

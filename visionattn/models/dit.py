@@ -155,7 +155,8 @@ class DiT(nn.Module):
         aux_coefficient: weight of the mean load-balance loss (:func:`visionattn.layers.pop_aux_loss`).
 
     Raises:
-        ValueError: for lists of another length than depth, latents that patches do not tile, or heads that do not fit.
+        ValueError: for lists of another length than depth, latents that patches do not tile, heads that do not fit, or
+            a hidden_size that is no multiple of 4.
     """
 
     def __init__(
@@ -181,6 +182,8 @@ class DiT(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if hidden_size % 4 != 0:
+            raise ValueError(f"DiT: hidden_size={hidden_size}: the positions' sines and cosines need a multiple of 4")
         if isinstance(num_heads, int):
             if hidden_size % num_heads != 0:
                 raise ValueError(f"DiT: num_heads={num_heads} does not divide hidden_size={hidden_size}")

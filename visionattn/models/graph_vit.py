@@ -64,6 +64,8 @@ class KNNGraph(nn.Module):
 
     def __init__(self, grid: tuple[int, int], k: int, device=None):
         super().__init__()
+        if k < 1:
+            raise ValueError(f"GraphViT: k={k}: a patch needs 1 nearest neighbour at least")
         self.k = k
         self.set_grid(grid)
 
