@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from visionattn.ops import linear
+from visionattn.ops._triton import lacks_shared_memory
 from visionattn.ops.linear import (
     mala_attention,
     mala_attention_reference,
@@ -123,6 +126,21 @@ def test_triton_says_why_not():
         mala_mix(*problem(), "triton")
     with pytest.raises(ValueError, match="these tensors are on cpu"):
         mala_mix(*problem(dtype=torch.float32), "triton")
+
+
+def test_wide_heads_need_a_large_gpu(monkeypatch):
+    """Heads of 96 channels, as mala_small's: an RTX card has 99 KiB of shared memory, an A100 163."""
+    for kib, dtypes in ((99, []), (163, [torch.bfloat16]), (227, [torch.bfloat16, torch.float32])):
+        gpu = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        monkeypatch.setattr(linear, "cannot_run", lambda device, dtype: None)
+        monkeypatch.setattr(linear, "lacks_shared_memory", lambda _, n: lacks_shared_memory("cuda:0", n))
+        for dtype in (torch.bfloat16, torch.float32):
+            qkvo = torch.empty(1, 4, 4 * 192, dtype=dtype)
+            reason = linear.cannot_mix(qkvo, 2, 25)
+            assert (reason is None) == (dtype in dtypes)
+            assert reason is None or f"of shared memory, this GPU has {kib}" in reason
+            assert linear.cannot_mix(qkvo, 3, 25) is None  # 64 channels
 
 
 def test_refused():

@@ -47,7 +47,7 @@ def test_interpreted():
 
 
 def test_compiled(monkeypatch):
-    """Rows are read and written 16 bytes a thread, taps too, and no register spills."""
+    """Rows are read and written 16 bytes a thread, taps too, and hardly a register spills."""
     pytest.importorskip("triton")
     import triton
 

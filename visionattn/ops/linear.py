@@ -11,7 +11,7 @@ keys while z stays that of the unrotated ones.
 import torch
 import torch.nn.functional as F
 
-from ._triton import cannot_run, in_auto
+from ._triton import cannot_run, in_auto, lacks_shared_memory
 
 
 def rotary_angles(dim: int, device: torch.device | None = None) -> torch.Tensor:
@@ -175,6 +175,9 @@ def local_values(
     return F.pad(x, (0, 0, prefix, 0)) if prefix > 0 else x
 
 
+WIDE_KIB = {2: 112, 4: 176}  # shared memory of the kernels of heads wider than 64 channels, by bytes of a number
+
+
 @torch.jit.unused
 def cannot_mix(qkvo: torch.Tensor, num_heads: int, taps: int) -> str | None:
     """Why the Triton kernels of :func:`mala_mix` can't run; None where they can."""
@@ -185,7 +188,11 @@ def cannot_mix(qkvo: torch.Tensor, num_heads: int, taps: int) -> str | None:
         return f"heads of {dim} channels are wider than 128"
     if taps != 9 and taps != 25:
         return f"its convolution has {taps} taps, not 9 or 25"
-    return cannot_run(str(qkvo.device), qkvo.dtype)
+    reason = cannot_run(str(qkvo.device), qkvo.dtype)
+    if reason is None and dim > 64:  # up to 64 channels, 99 KiB are enough: what the smallest GPUs have
+        reason = lacks_shared_memory(str(qkvo.device), WIDE_KIB[qkvo.element_size()])
+        reason = reason and f"with heads of {dim} channels in {qkvo.dtype} it {reason}"
+    return reason
 
 
 @torch.jit.unused
