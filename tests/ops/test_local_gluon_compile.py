@@ -105,10 +105,10 @@ def test_disk_compiles():
 def test_backward_compiles(which):
     """A few numbers of the loading warp are spilled, and read again for each tile of its own: under 128 bytes."""
     if which == "query":
-        s = gluon_grad.QUERY
+        s = gluon_grad.DISK[0]
         compiled = compile_grad(kernels_grad.query_grad, s, 1, QREG=s.in_registers)
     else:
-        compiled = compile_grad(kernels_grad.key_grad, gluon_grad.KEY, 0, TEXT_LAST=True)
+        compiled = compile_grad(kernels_grad.key_grad, gluon_grad.WINDOW[1], 0, TEXT_LAST=True)
     assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
     assert "wgmma" in compiled.asm["ptx"]
     assert usage(compiled)["STACK"] < 128, usage(compiled)

@@ -82,8 +82,8 @@ def test_errors(case, dtype, monkeypatch):
 def test_few_stages(stages, monkeypatch):
     """No pair of warps waits for the other for ever, whatever is in flight."""
     few = gluon_grad.Setting(groups=(2, 1), stages=stages)
-    monkeypatch.setattr(gluon_grad, "QUERY", few)
-    monkeypatch.setattr(gluon_grad, "KEY", few)
+    monkeypatch.setattr(gluon_grad, "WINDOW", (few, few))
+    monkeypatch.setattr(gluon_grad, "DISK", (few, few))
     for case in ("disk, odd grid, odd text, grouped heads", "window, stride is two tiles"):
         tensors, grad, given = make(case, torch.bfloat16)
         oracle = gradients(tensors, grad, torch.float64, given, "reference")
@@ -103,7 +103,6 @@ def test_what_it_does_not_do(monkeypatch):
 def test_failure_is_said_once_and_triton_runs(monkeypatch):
     monkeypatch.setattr(fused, "backward_choice", "auto")
     monkeypatch.setattr(gluon_grad, "failed", [])
-    monkeypatch.setattr(gluon_grad, "IN_AUTO", {"window": True, "disk": True})
     monkeypatch.setattr(gluon, "MEASURED", ("",))
     monkeypatch.setattr(gluon, "TILES", 1)
     tensors, grad, given = make("disk, text last", torch.bfloat16)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import triton
@@ -31,10 +31,9 @@ class Setting:
     ordered: bool = False
 
 
-QUERY = Setting()
-KEY = Setting(groups=(2, 1))
-# Whether 'auto' takes them: where they were measured to be right and faster (docs/kernels.md).
-IN_AUTO = {"window": True, "disk": False}
+# As measured on an H100 (docs/kernels.md): what dq, and dk and dv, run with.
+WINDOW = (Setting(), Setting(groups=(2, 1)))
+DISK = tuple(replace(s, ordered=True) for s in WINDOW)
 
 failed: list[str] = []
 
@@ -63,7 +62,7 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
     axes = pattern.axes(grid)
     if any(a.causal for a in axes):
         return "has no causal windows"
-    owners = ((QUERY.groups, False), (KEY.groups, True))
+    owners = ((WINDOW[0].groups, False), (WINDOW[1].groups, True))
     if not all(_full_axis(a, SIDE * g, SIDE, keys) for s, keys in owners for g, a in zip(s, axes, strict=True)):
         return f"is of windows all of whose tiles of {SIDE} x {SIDE} are full"
     return None
@@ -84,9 +83,9 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> tuple
         measured = q.shape[-1] == 128 and triton.__version__.startswith(gluon.MEASURED)
         if isinstance(pattern, Disk):
             measured = measured and pattern.radius <= gluon.RADIUS
-        if not (measured and fills and IN_AUTO["disk" if isinstance(pattern, Disk) else "window"]):
+        if not (measured and fills):
             return None
-    return QUERY, KEY
+    return DISK if isinstance(pattern, Disk) else WINDOW
 
 
 def _numbers(p, setting: Setting) -> tuple:
