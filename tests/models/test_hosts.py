@@ -331,6 +331,16 @@ def test_classifiers_on_a_gpu(name, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SMALL, "inline_cswin_tiny", "agent_pvt_tiny"])
+@torch.no_grad()
+def test_compiled_on_a_gpu(name):
+    """Compiled inference has kernels of its own."""
+    model = timm.create_model(name, device="cuda").eval()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"], device="cuda")
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [*SMALL, "inline_cswin_tiny", "inline_pvt_tiny"])
 def test_gradients_on_a_gpu(name):
     """Against the CPU's, which has other kernels; and the compiled step against the eager one."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from visionattn.ops import _triton, depthwise
 from visionattn.ops.agent import agent_attention, agent_attention_reference, agent_key_bias, pool_agents, pooling_bins
 from visionattn.ops.depthwise import depthwise_residual
 from visionattn.ops.inline import feature_map, inline_attention, inline_attention_reference
@@ -184,6 +185,22 @@ def test_triton_says_why_not():
     single = [x.float() for x in residual_inputs(1, 0)]
     with pytest.raises(ValueError, match="on cpu"):
         depthwise_residual(*single, (3, 4), backend="triton")
+
+
+def test_which_kernels_compiled_inference_takes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(depthwise, "in_auto", lambda name: asked.append(name))
+    out, v = torch.zeros(1, 12, 4), torch.zeros(1, 12, 8)
+    for values in (v[..., :4], v[..., :4].contiguous()):
+        depthwise_residual(out, values, torch.zeros(1, 4, 9), None, (3, 4))
+    assert asked == ["depthwise_part", "depthwise"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(_triton, "KERNELS", "auto")
+    taken = {True: [], False: []}
+    for grad in taken:
+        with torch.set_grad_enabled(grad):
+            taken[grad] = [name for name in sorted(_triton.IN_AUTO) if _triton.in_auto(name)]
+    assert taken == {True: [], False: ["depthwise_part", "inline"]}
 
 
 def test_unknown_backends():

@@ -85,6 +85,12 @@ def can_run_triton(out: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 @torch.jit.unused
+def _name(v: torch.Tensor) -> str:
+    """PyTorch's convolution needs a copy of values that are part of a projection's output, not of dense ones."""
+    return "depthwise" if v.stride(1) == v.shape[2] else "depthwise_part"
+
+
+@torch.jit.unused
 def _triton(
     out: torch.Tensor,
     v: torch.Tensor,
@@ -127,7 +133,7 @@ def depthwise_residual(
     Raises:
         ValueError: for an unknown backend, or one that can't run here.
     """
-    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto("depthwise"))):
+    if not torch.jit.is_scripting() and (backend == "triton" or (backend == "auto" and in_auto(_name(v)))):
         kernel_side(weight)
         reason = can_run_triton(out, v)
         if reason is None:
