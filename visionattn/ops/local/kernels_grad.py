@@ -80,6 +80,7 @@ def query_step(ring, words, MASKED: gl.constexpr, q, g, bufs, bars, dq, lse2, de
         s = hide(s, words)
     p = gl.exp2(s * qk_scale - lse2[:, None])
     if ORDERED:
+        # Passes at once. It ends a basic block: without it ptxas moves the exponentials behind the wait for dp.
         mbarrier.wait(full.index(slot), phase)
         dp, p = warpgroup_mma_wait(0, deps=[dp, p])
     else:
@@ -112,7 +113,7 @@ def key_step(ring, words, MASKED: gl.constexpr, k, v, bufs, bars, dk, dv, qk_sca
         s = hide(s, words)
     p = gl.exp2(s * qk_scale - lse2[None, :])
     half = gl.convert_layout(p.to(q_bufs.dtype), operand)
-    if ORDERED:
+    if ORDERED:  # as in query_step
         mbarrier.wait(full.index(slot), phase)
         dp, p, half = warpgroup_mma_wait(0, deps=[dp, p, half])
     else:
