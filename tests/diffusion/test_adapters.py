@@ -150,6 +150,10 @@ def test_a_copy_carries_no_patch(name, models, tmp_path):
         assert b"visionattn_" not in pickled  # a backend of this process
         for twin in (copy.deepcopy(model), pickle.loads(pickled)):
             assert torch.equal(tiny.run(twin, inputs), dense) and not twin._forward_pre_hooks
+        fresh = copy.deepcopy(model)
+        with sparsify(fresh, Disk(2)):  # patched before its first call
+            assert torch.equal(tiny.run(fresh, inputs), sparse)
+        assert torch.equal(tiny.run(fresh, inputs), dense)
         model.save_pretrained(tmp_path)
         assert torch.equal(tiny.run(model, inputs), sparse)
     loaded = type(model).from_pretrained(tmp_path).eval()

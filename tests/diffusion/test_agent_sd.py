@@ -256,6 +256,10 @@ def test_a_copy_carries_no_patch_and_two_do_not_meet(tmp_path):
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
             assert torch.equal(call(twin), dense)
             assert not any(m._forward_pre_hooks for m in twin.modules())
+        fresh = copy.deepcopy(net)
+        with visionattn.agent_sd(fresh, sx=4, sy=4, agent_ratio=0.95):  # patched before its first call
+            assert torch.equal(call(fresh), patched)
+        assert torch.equal(call(fresh), dense)
         net.save_pretrained(tmp_path)
         assert torch.equal(call(net), patched) and not torch.equal(patched, dense)
         assert torch.isfinite(call(net, batch=3)).all()

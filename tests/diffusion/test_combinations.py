@@ -257,6 +257,24 @@ def test_quantised_linears(flux, monkeypatch):
     assert not torch.equal(tiny.run(flux, tiny.CASES["flux"].inputs(GRID, batch=2)), before)
 
 
+@pytest.mark.parametrize("name", ["dit", "moh_dit"])
+def test_eight_bit_weights_of_dits(name):
+    """Weights stored in float8 or int8, whose own type is nothing to compute in."""
+    model = tiny.randomise(tiny.CASES[name].build())
+    inputs = tiny.CASES[name].inputs((6, 6), batch=2)
+    with sparsify(model, PATTERN) as handle:
+        exact = tiny.run(model, inputs)
+        quantised = copy.deepcopy(model)
+        quantise(quantised)
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        stored = tiny.run(model, inputs)
+        assert all(row["sparse"] == 2 for row in handle.report().rows)
+    with sparsify(quantised, PATTERN):
+        rounded = tiny.run(quantised, inputs)
+    for got in (rounded, stored):
+        assert 1e-4 < (got - exact).norm() / exact.norm() < (0.1 if name == "dit" else 0.5)  # routes change, too
+
+
 def test_fp8_layerwise_casting(flux, monkeypatch):
     flux.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert flux.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn

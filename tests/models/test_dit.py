@@ -198,7 +198,7 @@ def test_diffusers_network():
         exact = model(x, t, y)
         got = theirs(x, timestep=t, class_labels=y).sample
         assert not torch.allclose(got, exact)
-        model.t_embedder.forward = lambda t: model.t_embedder.mlp(
+        model.t_embedder.forward = lambda t, dtype=None: model.t_embedder.mlp(
             get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=1)
         )
         torch.testing.assert_close(got, model(x, t, y), rtol=1e-4, atol=1e-5)

@@ -215,12 +215,16 @@ class _OuterHook(_Hook):
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         if self.function is not None:
             return self.function(module, *args)
-        for child in module.modules():  # a copy
+        return self.clean(module)
+
+    @staticmethod
+    def clean(module: nn.Module) -> None:
+        """Takes all hooks off a copy of a patched U-Net."""
+        for child in module.modules():
             for hooks in (child._forward_pre_hooks, child._forward_hooks):
                 for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
                     del hooks[key]
                     child._forward_pre_hooks_with_kwargs.pop(key, None)
-        return None
 
 
 class AgentSession:
@@ -243,6 +247,9 @@ class AgentSession:
         self._hooks: list[Any] = []
 
     def install(self) -> None:
+        for hook in list(self.outer._forward_pre_hooks.values()):
+            if isinstance(hook, _OuterHook) and hook.function is None:
+                hook.clean(self.outer)  # a copy that was not called yet: later it would undo this patch
         for block in self.blocks:
             _refuse(block)
         for block in self.blocks:

@@ -203,6 +203,9 @@ class Session:
 
     def install(self, layers: list[Layer]) -> None:
         """Puts the layers' functions into their processors; all or none."""
+        for hook in list(self.outer._forward_pre_hooks.values()):
+            if isinstance(hook, _Hook) and hook.session is None:
+                hook.clean(self.outer)  # a copy of a patched network, not called yet: later it would undo this patch
         done = []
         try:
             for layer in layers:

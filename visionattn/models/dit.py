@@ -60,10 +60,14 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(frequencies, hidden_size, **dd), nn.SiLU(), nn.Linear(hidden_size, hidden_size, **dd)
         )
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``dtype``: to compute in where the weights' own type is for storage alone (float8, int8)."""
         steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
         angle = t[:, None].float() * torch.exp(-math.log(10000.0) * steps / self.half)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        kind = self.mlp[0].weight.dtype
+        if not kind.is_floating_point or kind.itemsize == 1:  # stored in 8 bits; its hooks compute in another type
+            kind = torch.float32 if dtype is None else dtype
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(kind))
 
 
 class LabelEmbedder(nn.Module):
@@ -242,9 +246,9 @@ class DiT(nn.Module):
             raise ValueError(f"DiT: latents of {height} x {width} are not whole patches of {p}: pad or crop them")
         return height // p, width // p
 
-    def condition(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def condition(self, t: torch.Tensor, y: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """(B, hidden_size): embedding of the steps plus that of the classes."""
-        return self.t_embedder(t) + self.y_embedder(y)
+        return self.t_embedder(t, dtype) + self.y_embedder(y)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """(B, out_channels, H, W): predicted noise, then (``learn_sigma``) the variance's interpolation in -1..1."""
@@ -254,7 +258,7 @@ class DiT(nn.Module):
             positions = sincos_positions(self.pos_embed.shape[-1], grid, x.device)
         x = self.x_embedder(x)
         x = x + positions.to(x.dtype)
-        c = self.condition(t, y)
+        c = self.condition(t, y, x.dtype)
         for block in self.blocks:
             x = checkpoint(block, x, c) if self.grad_checkpointing and self.training else block(x, c)
         x = self.final_layer(x, c)
