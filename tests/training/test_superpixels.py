@@ -8,6 +8,7 @@ import torch
 
 from tests.extras import require_extra
 from visionattn.layers import GraphTransformerNet
+from visionattn.training.config import UserError
 from visionattn.training.graph.__main__ import main
 from visionattn.training.graph.superpixels import (
     MNIST,
@@ -73,6 +74,9 @@ def test_transform():
     assert len(few.feature) <= 20
     colour = SuperpixelGraph(n_segments=50, compactness=10.0, limit=150)(np.stack([image] * 3, -1))
     assert colour.feature.shape[1] == 5
+    for other in (image / 255, np.zeros((3, 28, 28), np.uint8), np.zeros((28, 28, 4), np.uint8), None):
+        with pytest.raises(UserError, match="makes no graph: give bytes"):
+            SuperpixelGraph()(other)
 
 
 def test_command(tmp_path, capsys):

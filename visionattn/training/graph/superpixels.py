@@ -52,14 +52,14 @@ class SuperpixelGraph:
         seed: of the random order of the nodes; None keeps SLIC's order.
 
     Raises:
-        UserError: where scikit-image is absent.
+        UserError: where scikit-image is absent; in a call, for what is no image of bytes, grey or RGB.
     """
 
     def __init__(self, n_segments: int = 95, compactness: float = 0.25, limit: int = 75, seed: int | None = 0):
         try:
             from skimage.segmentation import slic
         except ImportError as e:
-            raise UserError("superpixels need scikit-image: pip install scikit-image.") from e
+            raise UserError("superpixels need scikit-image: pip install -e '.[graph]'.") from e
         self.slic, self.n_segments, self.compactness, self.limit = slic, n_segments, compactness, limit
         self.rng = None if seed is None else np.random.default_rng(seed)
 
@@ -79,7 +79,13 @@ class SuperpixelGraph:
 
     def __call__(self, image: Any) -> Superpixels:
         """The graph of a PIL image, or of an array (H, W) or (H, W, 3) of bytes."""
-        pixels = np.asarray(image, dtype=np.float64) / 255
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.size == 0 or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)):
+            raise UserError(
+                f"an image of {pixels.dtype} {pixels.shape} makes no graph: give bytes (H, W) or (H, W, 3), "
+                "a PIL image in mode L or RGB for example."
+            )
+        pixels = pixels / 255
         segment = self.segments(pixels)
         if self.rng is not None:
             segment = self.rng.permutation(segment.max() + 1)[segment]
