@@ -12,6 +12,7 @@ from tests.extras import require_extra
 
 require_extra("mmdet", "detection")
 
+from mmengine.model import convert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS as ROOT  # noqa: E402
 
 from visionattn.detection import Backbone  # noqa: E402
@@ -164,6 +165,22 @@ def test_norm_eval():
     backbone(torch.randn(2, 3, 64, 64))
     assert all(torch.equal(m.running_mean, b) for m, b in zip(norms, before, strict=True))
     assert backbone.training and all(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_ulsam", "test_mala"])
+def test_synchronised_batch_norms(name):
+    """mmengine's ``sync_bn='torch'`` keeps the activations that timm has inside its batch norms."""
+    torch.manual_seed(0)
+    x, backbone = torch.randn(1, 3, 64, 64), Backbone(name).eval()
+    with torch.no_grad():
+        expected = backbone(x)
+        names = list(backbone.state_dict())
+        converted = convert_sync_batchnorm(backbone, "torch").eval()
+        maps = converted(x)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    assert list(converted.state_dict()) == names
+    for y, reference in zip(maps, expected, strict=True):
+        torch.testing.assert_close(y, reference)
 
 
 @pytest.mark.parametrize("kwargs", [dict(model="test_agent_swin"), dict(model="test_ela"), dict(VIT), dict(SWIN)])

@@ -112,6 +112,9 @@ def test_two_processes(tmp_path):
         (dict(model="agent_swim_tiny"), "agent_swim_tiny"),
         (dict(epochs=0), "at least one"),
         (dict(lr=0.0), "between 0 and 1"),
+        (dict(pictures=0), "pictures=0: give at least one"),
+        (dict(seconds=-5.0), "seconds=-5.0: give more than 0"),
+        (dict(workers=-1), "workers=-1: give 0"),
     ],
 )
 def test_bad_input(settings, said, tmp_path):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from timm.layers import Format
+from timm.layers import Format, SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -232,6 +232,7 @@ class Backbone(BaseModule):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Backbone":
+        _restore_activations(self.net)  # the Runner converts before it comes here
         super().train(mode)
         if not mode:
             return self
@@ -260,6 +261,7 @@ class Backbone(BaseModule):
         self._is_init = False  # until the weights are there
         for cfg in files:
             self.load(cfg["checkpoint"], cfg.get("prefix"))
+            print_log(f"{self.arch}: weights loaded from {cfg['checkpoint']}", logger="current")
         self._is_init = True
 
     def load(self, checkpoint: str | os.PathLike | bool, prefix: str | None = None) -> None:
@@ -350,6 +352,16 @@ def _forget_num_classes(net: nn.Module) -> None:
     for module in net.modules():
         with contextlib.suppress(AttributeError):
             del module.num_classes
+
+
+def _restore_activations(module: nn.Module) -> None:
+    """Mends what PyTorch's conversion to synchronised batch norms (mmengine's ``sync_bn``) leaves of timm's.
+
+    timm's batch norms have their activation inside; PyTorch's conversion keeps it as a child that nothing calls.
+    """
+    for child in module.modules():
+        if type(child) is nn.SyncBatchNorm and next(child.children(), None) is not None:
+            child.__class__ = SyncBatchNormAct
 
 
 def _rest_frozen(module: nn.Module) -> None:

@@ -225,10 +225,11 @@ def run_demo(
         what ``result.json`` holds: box (and mask) AP as fractions, seconds, the setting.
 
     Raises:
-        ValueError: for an unknown detector, model or device; for ``seconds`` beside ``epochs`` or ``resume``, or in
-            several processes.
+        ValueError: for an unknown detector, model or device, a number out of range; for ``seconds`` beside ``epochs``
+            or ``resume``, or in several processes.
         FileExistsError: where an earlier run's checkpoints are and ``resume`` is False.
     """
+    _check_numbers(workers=workers, pictures=pictures, seconds=seconds)
     if seconds is not None and (epochs is not None or resume):
         raise ValueError("seconds chooses the number of epochs anew: leave out epochs, and resume with epochs")
     distributed = _start(device)
@@ -278,6 +279,15 @@ def run_demo(
         _draw(runner, run_dir / "pictures.png")
         atomic_write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _check_numbers(workers: int | None, pictures: int | None, seconds: float | None) -> None:
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers}: give 0 (this process reads the pictures) or more")
+    if pictures is not None and pictures < 1:
+        raise ValueError(f"pictures={pictures}: give at least one")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds={seconds}: give more than 0, such as 400")
 
 
 def _shorten(cfg: Any, batch_size: int) -> None:
