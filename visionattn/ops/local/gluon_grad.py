@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 import triton
 
 from . import gluon, tables
@@ -71,8 +72,8 @@ def reason(q, k, v, ek, bias, lengths, grid, pattern, text) -> str | None:
 def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> tuple[Setting, Setting] | None:
     """What the grid's rows of dq, and of dk and dv, run with, or None for the Triton kernels.
 
-    which: ``'auto'`` takes Gluon where it was measured to be faster: heads of 128 channels, enough tiles to fill the
-    GPU, and a version of triton they ran with; ``'triton'`` never; ``'gluon'`` wherever it can run.
+    which: ``'auto'`` takes Gluon where it was measured to be faster: bfloat16, heads of 128 channels, enough tiles to
+    fill the GPU, and a version of triton they ran with; ``'triton'`` never; ``'gluon'`` wherever it can run.
     """
     if which == "triton" or (which == "auto" and failed):
         return None
@@ -80,7 +81,7 @@ def choose(q, k, v, ek, bias, lengths, grid, pattern, text, which: str) -> tuple
         return None
     if which == "auto":
         fills = math.prod(grid) * q.shape[0] * k.shape[2] >= gluon.TILES * 2 * SIDE**2 * gluon._processors(q.device)
-        measured = q.shape[-1] == 128 and triton.__version__.startswith(gluon.MEASURED)
+        measured = q.shape[-1] == 128 and q.dtype == torch.bfloat16 and triton.__version__.startswith(gluon.MEASURED)
         if isinstance(pattern, Disk):
             measured = measured and pattern.radius <= gluon.RADIUS
         if not (measured and fills):
