@@ -122,7 +122,7 @@ def disk_words(radius_sq: int, grid: Grid, groups: Tile) -> tuple[np.ndarray, in
     return np.concatenate([table, numbers[found].astype(np.int32)]), entries, words, classes_x
 
 
-def _tiles_of_axis(axis: Axis, own: int, other: int, keys_own: bool) -> tuple[np.ndarray, np.ndarray]:
+def tiles_of_axis(axis: Axis, own: int, other: int, keys_own: bool) -> tuple[np.ndarray, np.ndarray]:
     """(own tiles, other tiles): whether any pair, and whether every pair of an existing owner, is visible."""
     mask = axis.mask().T if keys_own else axis.mask()
     n_own, n_other = -(-axis.length // own), -(-axis.length // other)
@@ -139,7 +139,7 @@ def cross_table(pattern: Cross, grid: Grid, own: Tile, other: Tile, keys_own: bo
     """The table of a cross: every tile is a class of its own, since bands cross the whole grid."""
     axes = pattern.axes(grid)
     (any_y, all_y), (any_x, all_x) = (
-        _tiles_of_axis(axis, a, b, keys_own) for axis, a, b in zip(axes, own, other, strict=True)
+        tiles_of_axis(axis, a, b, keys_own) for axis, a, b in zip(axes, own, other, strict=True)
     )
     fits = [np.arange(any_.shape[1]) * b + b <= n for any_, b, n in zip((any_y, any_x), other, grid, strict=True)]
     shape = (any_y.shape[0], any_x.shape[0], any_y.shape[1], any_x.shape[1])
