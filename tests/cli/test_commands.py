@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from visionattn.cli.main import build_parser, main
+
+FOLDER = str(Path(__file__).parent)
 
 
 def call(*argv: str, status: int = 0, capsys=None) -> str:
@@ -71,6 +74,10 @@ def test_card(tmp_path, capsys):
         (["lst"], "did you mean 'list'?"),
         (["info", "halo_h9"], "halo_h"),
         (["list", "zzz"], "nothing matches 'zzz'"),
+        (["info", "halo_h1", "--img-size", "0"], "--img-size: 0 is not a whole number from 1 on"),
+        (["predict", "test_mala.digit"], "test_mala has no weights under the tag 'digit': its tags are digits"),
+        (["card", "test_halo", "--out", FOLDER], f"error: {FOLDER} can't be used: is a directory"),
+        (["card", "test_halo", "--out", "/proc/none/card.md"], "/proc/none can't be used: no such file or directory"),
         (["weights", "fetch", "mala_smal.in1k"], "did you mean mala_small.in1k"),
         (["weights", "fetch", "mala_tiny.in1k"], "has no address"),
         (["weights", "verify", "nothing.pth"], "nothing.pth is not a file"),

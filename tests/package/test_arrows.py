@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "visionattn"
 
-# files, processes, the meta device: what every room may import
-OPEN = {"_files", "_world", "_meta"}
+# files, processes, the meta device, missing extras: what every room may import
+OPEN = {"_files", "_world", "_meta", "_extras"}
 # room: the rooms that it may import from; every room may import from itself
 ARROWS = {
     **{name: set() for name in OPEN},

@@ -1,6 +1,7 @@
 """What ``import visionattn`` costs and needs: CPU time over timm's, no extra, no GPU, no network."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -119,3 +120,16 @@ def test_public_names(name):
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no_such_name"):
         visionattn.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("command, extra", [("diffusion.distill", "diffusers"), ("detection.demo", "mmengine")])
+def test_a_command_without_its_extra_says_one_line(command, extra):
+    code = (
+        f"import runpy, sys; sys.modules[{extra!r}] = None\n"
+        f"sys.argv = ['-m']; runpy.run_module('visionattn.{command}', run_name='__main__')"
+    )
+    if extra == "mmengine":  # asked for by find_spec
+        code = "import importlib.util as u; u.find_spec = lambda name, package=None: None\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"visionattn\.\w+ needs \w+: pip install 'visionattn\[\w+\]' .*\n", done.stderr), done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 
 from visionattn._files import replacing
 
-from .table import Table
+from .table import Table, positive
 
 KEY = ("model", "task", "size", "batch", "dtype", "compile", "device")
 FIELDS = (*KEY, "images_per_s", "ms", "ms_p90", "memory_MiB", "GMACs", "Mparams", "torch", "note")
@@ -27,8 +27,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p = commands.add_parser("bench", parents=[common], help="throughput, latency and memory of models, as CSV, picture")
     p.add_argument("models", nargs="+", help="names that timm knows; 'agent_*' means those of the zoo")
-    p.add_argument("--sizes", nargs="+", type=_positive, help="pixels of a side; each model's own by default")
-    p.add_argument("--batches", nargs="+", type=_positive, default=[1, 32], help="images a call (1 gives the latency)")
+    p.add_argument("--sizes", nargs="+", type=positive, help="pixels of a side; each model's own by default")
+    p.add_argument("--batches", nargs="+", type=positive, default=[1, 32], help="images a call (1 gives the latency)")
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="weights and images have it")
     p.add_argument("--modes", nargs="+", choices=("eager", "compile"), default=["eager"])
     p.add_argument("--tasks", nargs="+", choices=("infer", "train"), default=["infer"])
@@ -36,13 +36,6 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.add_argument("--seconds", type=float, default=2.0, help="time that a row is measured for, after warming up")
     p.add_argument("--out", type=Path, help="CSV file (x.csv), gone on with if it is there; the picture lies beside it")
     p.set_defaults(run=bench)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return value
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .table import positive
+
 SAMPLES = ("china", "flower", *(f"digit-{i}" for i in range(10)))
 
 
@@ -20,7 +22,7 @@ def add_arguments(p: argparse.ArgumentParser, many: bool) -> None:
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for the model")
     weights.add_argument("--random", action="store_true", help="random weights, also where others are known")
     p.add_argument("--num-classes", type=int, help="of the checkpoint; read from the file by default")
-    p.add_argument("--img-size", type=int, help="pixels of a side; the model's own by default")
+    p.add_argument("--img-size", type=positive, help="pixels of a side; the model's own by default")
     p.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
     p.add_argument("--device", default="cpu", help="cpu by default; cuda, cuda:1, mps")
     p.add_argument("--out", type=Path, default=Path("pictures"), metavar="FOLDER", help="where pictures go")

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -82,9 +83,22 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, KeyError) as e:
         if args.debug:
             raise
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        print(f"visionattn {args.command}: error: {lines[0]}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError | FileNotFoundError) else 1
+        print(f"visionattn {args.command}: error: {one_line(e)}", file=sys.stderr)
+        return 2 if isinstance(e, ValueError) or named_badly(e) else 1
+
+
+def named_badly(e: BaseException) -> bool:
+    """Whether a file's name was the mistake, not the computer's state."""
+    return isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError)
+
+
+def one_line(e: BaseException) -> str:
+    """An error's first line; a file's error names the file as the user did, not the temporary name beside it."""
+    if isinstance(e, OSError) and e.strerror and e.filename:
+        path = str(e.filename2 or e.filename)
+        path = re.sub(r"(^|/)\.([^/]+)\.\d+\.tmp$", r"\1\2", path)
+        return f"{path} can't be used: {e.strerror[0].lower()}{e.strerror[1:]}"
+    return next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
 def as_data(result: Any) -> Any:

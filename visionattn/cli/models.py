@@ -5,7 +5,7 @@ import fnmatch
 from difflib import get_close_matches
 from typing import Any
 
-from .table import Facts, Table
+from .table import Facts, Table, positive
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -14,8 +14,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     p.set_defaults(run=list_models)
     p = commands.add_parser("info", parents=[common], help="parameters, MACs, strides, paper, checkpoints of a model")
     p.add_argument("model")
-    p.add_argument("--img-size", type=int, help="pixels of a side; the model's own by default")
-    p.add_argument("--batch", type=int, default=1, help="images of the memory estimate")
+    p.add_argument("--img-size", type=positive, help="pixels of a side; the model's own by default")
+    p.add_argument("--batch", type=positive, default=1, help="images of the memory estimate")
     p.set_defaults(run=info)
     p = commands.add_parser("card", parents=[common], help="a model card in Markdown")
     p.add_argument("model", help="name, or name.tag")
@@ -39,7 +39,14 @@ def check_name(model: str) -> str:
 
     names = zoo()
     arch = model.split(":")[-1] if ":" in model else model.split(".")[0]
-    if ":" in model or arch in names or timm.is_model(arch):
+    if ":" in model:
+        return model
+    if arch in names or timm.is_model(arch):
+        tag = model.partition(".")[2]
+        tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{arch}.*")]
+        if tag and tag not in tags:
+            known = f"its tags are {', '.join(tags)}" if tags else "it has none"
+            raise ValueError(f"{arch} has no weights under the tag {tag!r}: {known}")
         return model
     near = get_close_matches(arch, {*names, *timm.list_models()}, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "'visionattn list' shows the zoo"

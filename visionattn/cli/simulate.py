@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .patterns import SYNTAX, parse_pattern, parse_shape
-from .table import Table
+from .table import Table, positive
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "the first or second, whichever fits better",
     )  # fmt: skip
     p.add_argument("--tiles", nargs="+", metavar="QUERY/KEY", help="as 8x16/8x8; the usual ones by default")
-    p.add_argument("--batch", type=int, default=1, help="sequences at once")
+    p.add_argument("--batch", type=positive, default=1, help="sequences at once")
     p.add_argument("--steps", type=int, default=28, help="denoising steps of a picture")
     p.add_argument("--dense-steps", type=int, default=0, help="of these, how many at the start stay dense")
     p.add_argument("--picture", help="file to draw visited tiles and gains into (.png); NAME-tiles.png stands beside")

@@ -1,8 +1,20 @@
-"""Results that print as a table and as JSON."""
+"""Results that print as a table and as JSON, and argument types that commands share."""
 
+import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
 
 
 @dataclass

@@ -10,7 +10,9 @@ import importlib.util
 if importlib.util.find_spec("mmengine") is None or not any(
     importlib.util.find_spec(package) for package in ("mmdet", "mmseg", "mmpretrain", "mmpose")
 ):
-    raise ImportError(
+    from visionattn._extras import missing_extra
+
+    raise missing_extra(
         "visionattn.detection needs mmdet: pip install 'visionattn[detection]' (in a checkout: pip install -e "
         "'.[detection]')"
     )

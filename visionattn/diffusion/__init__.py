@@ -3,7 +3,12 @@
 try:
     import diffusers  # noqa: F401
 except ImportError as e:
-    raise ImportError("visionattn.diffusion needs diffusers: pip install 'visionattn[diffusion]'") from e
+    from visionattn._extras import missing_extra
+
+    raise missing_extra(
+        "visionattn.diffusion needs diffusers: pip install 'visionattn[diffusion]' (in a checkout: pip install -e "
+        "'.[diffusion]')"
+    ) from e
 
 from visionattn.ops.local.patterns import Cross, Disk, Neighborhood
 

@@ -120,7 +120,7 @@ def make_run_folder(output: str, model: str, stamp: str) -> Path:
         with contextlib.suppress(FileExistsError):
             try:
                 path.mkdir(parents=True)
-            except (NotADirectoryError, PermissionError, FileExistsError) as e:
+            except OSError as e:
                 if isinstance(e, FileExistsError) and Path(output).is_dir():
                     raise
                 raise UserError(f"output={output} can't hold run folders ({e.strerror}); give another.") from None

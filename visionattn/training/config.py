@@ -229,19 +229,20 @@ def coerce(name: str, value: Any, where: str = "") -> Any:
     if name not in FIELDS:
         raise UserError(f"{where}unknown option '{name}'.{nearest(name, FIELDS)} docs/training.md lists them all.")
     kind, meta = KINDS[name], FIELDS[name].metadata
+    shown = where + (name.replace("_", "-") if where == "--" else name)  # as it was written
     try:
         result = _convert(kind, value)
     except (ValueError, KeyError, TypeError, OverflowError):
         form = "key=value pairs" if kind is dict else kind_name(kind)
-        raise UserError(f"{where}{name}={value!r} is not of type {form}; {meta['help']}.") from None
+        raise UserError(f"{shown}={value!r} is not of type {form}; {meta['help']}.") from None
     for item in result if isinstance(result, list) else [result]:
         if meta["choices"] and item not in meta["choices"]:
-            raise UserError(f"{where}{name}={item!r} is not one of {', '.join(meta['choices'])}."
+            raise UserError(f"{shown}={item!r} is not one of {', '.join(meta['choices'])}."
                             f"{nearest(str(item), meta['choices'])}")  # fmt: skip
         low, high = meta["low"], meta["high"]
         if isinstance(item, int | float) and ((low is not None and item < low) or (high is not None and item > high)):
             allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
-            raise UserError(f"{where}{name}={item!r} is out of range: it must be {allowed}.")
+            raise UserError(f"{shown}={item!r} is out of range: it must be {allowed}.")
     return result
 
 
