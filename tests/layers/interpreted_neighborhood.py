@@ -1,15 +1,13 @@
 """The layer on local attention's kernels, interpreted on a CPU. test_neighborhood.py runs this file with
 TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter
 from visionattn.layers import NeighborhoodAttention
+
+need_interpreter()
 
 
 def pair(**kwargs):

@@ -2,10 +2,7 @@
 
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ import visionattn
 from tests.extras import require_extra
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from tests.interpreter import interpret
 from visionattn.layers import NeighborhoodAttention
 from visionattn.ops.local import Neighborhood
 from visionattn.ops.neighborhood import neighborhood_attention, tiled_attention
@@ -312,11 +310,4 @@ def test_natten_as_second_oracle():
 
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    file = Path(__file__).with_name("interpreted_neighborhood.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(file)]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-    )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    interpret(Path(__file__).with_name("interpreted_neighborhood.py"))

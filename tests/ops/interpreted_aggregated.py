@@ -1,15 +1,13 @@
 """The Triton kernels of aggregated attention, interpreted on a CPU. test_aggregated.py runs this file."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops.aggregated import aggregated_attention, fused
 from visionattn.ops.aggregated.reference import aggregated_attention_reference
+
+need_interpreter()
 
 # B, H, W, heads, D, P, window, tiles, dtype
 CASES = {
@@ -22,15 +20,6 @@ CASES = {
 }
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3}
 NAMES = ["q", "kv", "kv_pool", "query_embedding", "tau", "bias_local", "bias_pool", "tokens", "token_bias"]
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inside_nan(x: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,14 @@
 """The Triton kernels of the depthwise residual, interpreted on a CPU. test_agent_inline.py runs this file with
 TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops import depthwise_triton
 from visionattn.ops.depthwise import depthwise_residual
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+need_interpreter()
 
 
 def case(B, H, W, C, P, images, bias, dtype=torch.float32, side=3):

@@ -1,16 +1,14 @@
 """The Triton kernels of mixture-of-head attention's gates, interpreted on a CPU. test_transnext_kernels.py runs this
 file with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter
 from visionattn.ops.moh import gates_triton
 from visionattn.ops.moh.routing import load_balance_loss, scaled_softmax, top_k_gates
+
+need_interpreter()
 
 
 def reference(logits, E, S, k):

@@ -1,14 +1,12 @@
 """The Triton kernels of graph attention, interpreted on a CPU. test_graph.py runs this file with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops.graph import fused, graph_attention_reference, make_graph  # noqa: F401
+
+need_interpreter()
 
 # nodes, heads, channels, share of edges, scale of the queries (5 brings half the logits to the clamp), fused projection
 CASES = {
@@ -19,16 +17,6 @@ CASES = {
     "few edges, isolated nodes": (12, 3, 3, 0.05, 1.0, True),
     "no edges": (4, 2, 8, 0.0, 1.0, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    """torch.empty gives NaN: an output that a kernel did not write shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def error(x, y):

@@ -3,16 +3,14 @@
 bfloat16 is left to the GPU: the interpreter multiplies its bit patterns as integers.
 """
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops.halo import fused, halo_attention, halo_attention_kv
 from visionattn.ops.halo.reference import halo_attention_reference
+
+need_interpreter()
 
 # B, H, W, heads, D, Dv, block, halo, stride, border, scale_rel, rel_step, dtype
 CASES = {
@@ -25,16 +23,6 @@ CASES = {
     "half precision": (1, 9, 9, 1, 16, 16, 8, 3, 1, "mask", False, 1, torch.float16),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    """torch.empty gives NaN: an output or workspace that a kernel did not write shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inside_nan(x: torch.Tensor, channels_first: bool = False) -> torch.Tensor:

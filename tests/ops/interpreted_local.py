@@ -4,19 +4,18 @@ bfloat16 is left to the GPU: the interpreter multiplies its bit patterns as inte
 """
 
 import math
-import os
 import warnings
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops.local import Cross, Disk, Neighborhood, fused, local_attention, planner
 from visionattn.ops.local import text as text_rows
 from visionattn.ops.local.reference import reference
 from visionattn.ops.local.tiles import Tile, Tiles
+
+need_interpreter()
 
 SMALL = (1, 4, 4)
 # grid, pattern, query tile, key tile, and what is not the default of `problem`
@@ -41,16 +40,6 @@ CASES = {
 }  # fmt: skip
 TEXT_TILES = Tiles(*[Tile(SMALL, SMALL, 4, 1)] * 4, False)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    """torch.empty gives NaN: an output or workspace that a kernel did not write shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inside_nan(x: torch.Tensor) -> torch.Tensor:

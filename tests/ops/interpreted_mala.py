@@ -1,25 +1,14 @@
 """The Triton kernels of MALA, interpreted on a CPU. test_linear.py runs this file with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops import mala_triton, norm_triton
 from visionattn.ops._launch import Plans
 from visionattn.ops.linear import mala_mix, rotary_lines, rotary_tables
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+need_interpreter()
 
 
 def case(B, H, W, heads, dim, P, bias, dtype=torch.float32):

@@ -1,15 +1,13 @@
 """The Triton kernels of mixture-of-head attention, interpreted on a CPU. test_moh.py runs this file."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter, uninitialised_is_nan  # noqa: F401
 from visionattn.ops.moh import fused, moh_attention
 from visionattn.ops.moh.reference import moh_attention_reference
+
+need_interpreter()
 
 # B, N, M, heads, D, share of tokens that choose a head, tiles, dtype
 SMALL = fused.Tiles(16, 16, 4, 1)
@@ -30,15 +28,6 @@ CASES = {
     "half precision": (1, 40, 40, 2, 16, 0.5, SMALL, torch.float16),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan():
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inside_nan(x: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,14 @@
 """The Triton kernels of the residual sum and its norm, interpreted on a CPU. test_transnext_kernels.py runs this file
 with TRITON_INTERPRET=1."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
+from tests.interpreter import need_interpreter
 from visionattn.ops.norm_triton import AddNorm, add_norm
+
+need_interpreter()
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 20), (1, 5, 72), (2, 1, 300)])

@@ -3,20 +3,19 @@ The interpreter multiplies no bfloat16 matrices, so autocast is to float16.
 test_transnext_kernels.py runs this file with TRITON_INTERPRET=1."""
 
 import contextlib
-import os
 
 import pytest
 import timm
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
-
 import visionattn  # noqa: F401  registers the models
+from tests.interpreter import need_interpreter
 from visionattn.layers.moh import pop_aux_loss
 from visionattn.ops import _launch, _triton, conv_glu_triton, norm_triton
 from visionattn.ops.aggregated import api, fused
 from visionattn.ops.moh import gates_triton
+
+need_interpreter()
 
 
 @pytest.fixture

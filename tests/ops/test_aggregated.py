@@ -1,14 +1,12 @@
 """Aggregated attention: the reference against its formula, errors, and (in a process of its own) the kernels."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreter import interpret
 from visionattn.ops.aggregated import aggregated_attention, can_run_triton
 
 HERE = Path(__file__).parent
@@ -93,10 +91,4 @@ def test_errors():
 @pytest.mark.parametrize("part", ["kernels", "deterministic or operator"])
 def test_interpreted(part):
     """tests/ops/interpreted_aggregated.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-k", part]
-    path = str(HERE / "interpreted_aggregated.py")
-    done = subprocess.run([*command, path], env=env, cwd=HERE.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    interpret(HERE / "interpreted_aggregated.py", only=part)

@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from tests.interpreter import interpret
 from visionattn.ops.graph import (
     Graph,
     can_run_triton,
@@ -211,10 +210,4 @@ def test_flip_signs():
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 def test_interpreted():
     """tests/ops/interpreted_graph.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [*command, str(HERE / "interpreted_graph.py")], env=env, cwd=HERE.parents[1], capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:] + result.stderr[-1000:]
+    interpret(HERE / "interpreted_graph.py")

@@ -1,15 +1,13 @@
 """Halo attention: the eager reference, the public functions, and (in a process of its own) the interpreted kernels."""
 
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreter import interpret
 from visionattn.ops.halo import api, can_run_triton, halo_attention, halo_attention_kv
 
 HERE = Path(__file__).parent
@@ -172,11 +170,4 @@ def test_onnx(tmp_path):
 @pytest.mark.parametrize("part", ["kernels", "operators"])
 def test_interpreted(part):
     """tests/ops/interpreted_halo.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-k", part]
-    done = subprocess.run(
-        [*command, str(HERE / "interpreted_halo.py")], env=env, cwd=HERE.parents[1], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    interpret(HERE / "interpreted_halo.py", only=part)

@@ -1,8 +1,5 @@
 """MALA's operator: the paper's equations, float64, gradients; its rotary tables."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
+from tests.interpreter import interpret
 from visionattn.ops import linear
 from visionattn.ops._triton import lacks_shared_memory
 from visionattn.ops.linear import (
@@ -111,14 +109,7 @@ def test_half_precision_stays_finite():
 
 def test_interpreted():
     """interpreted_mala.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    here = Path(__file__).parent
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    command.append(str(here / "interpreted_mala.py"))
-    run = subprocess.run(command, env=env, cwd=here.parents[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout and "skipped" not in run.stdout
+    interpret(Path(__file__).with_name("interpreted_mala.py"))
 
 
 def test_triton_says_why_not():

@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.interpreter import interpret
 from visionattn.ops.local import (
     Axis,
     Cross,
@@ -265,20 +263,9 @@ HERE = Path(__file__).parent
 QUICK = "text_rows or test_kernels and (window or disk or bias) and not (larger or dilated or line)"
 
 
-def interpret(expression: str) -> None:
-    """tests/ops/interpreted_local.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "-k", expression]
-    done = subprocess.run(
-        [*command, str(HERE / "interpreted_local.py")], env=env, cwd=HERE.parents[1], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
-
-
 def test_interpreted():
-    interpret(QUICK)
+    """tests/ops/interpreted_local.py, where Triton is imported as an interpreter."""
+    interpret(HERE / "interpreted_local.py", only=QUICK)
 
 
 @pytest.mark.slow
@@ -287,7 +274,7 @@ def test_interpreted():
     "part", [f"test_kernels and not ({QUICK})", "not test_kernels and not text_rows"], ids=["kernels", "rest"]
 )
 def test_interpreted_others(part):
-    interpret(part)
+    interpret(HERE / "interpreted_local.py", only=part)
 
 
 @st.composite

@@ -1,13 +1,11 @@
 """Mixture-of-head attention: reference, backends, routing formulas, and (in a process of its own) the kernels."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreter import interpret
 from visionattn.ops.moh import (
     can_run_triton,
     load_balance_loss,
@@ -131,11 +129,4 @@ def test_errors():
 
 def test_interpreted():
     """tests/ops/interpreted_moh.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(HERE / "interpreted_moh.py")], env=env, cwd=HERE.parents[1], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    interpret(HERE / "interpreted_moh.py")

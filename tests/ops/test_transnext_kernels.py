@@ -1,14 +1,12 @@
 """Kernels of TransNeXt and its gates (convolutional GLU, residual norm, heads' gates): interpreted, compiled for a GPU
 that is not there, and where they are refused."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreter import interpret
 from visionattn.layers.transnext import ConvGLU
 from visionattn.ops.conv_glu import conv_glu
 
@@ -38,12 +36,7 @@ def test_errors():
 
 def test_interpreted():
     """Files of this folder, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    paths = [str(HERE / f"interpreted_{name}.py") for name in ("conv_glu", "gates", "norm", "transnext")]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, *paths], env=env, cwd=HERE.parents[1], capture_output=True, text=True)
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
+    interpret(*(HERE / f"interpreted_{name}.py" for name in ("conv_glu", "gates", "norm", "transnext")), skips=True)
 
 
 def test_compiled(monkeypatch):
