@@ -89,3 +89,27 @@ def test_the_walk_of_the_manual(capsys):
         exec(compile(code, "docs/diffusion.md", "exec"), names)
         printed, shown = (re.sub(r"[\d.]+ ms", "ms", " ".join(t.split())) for t in (capsys.readouterr().out, expected))
         assert shown.removeprefix("... ") in printed and shown, f"{shown}\n is not in\n{printed}"
+
+
+@pytest.mark.parametrize("page", ["diffusion", "simulate"])
+def test_simulations_in_the_manual(page, capsys):
+    """Every line that a page shows below ``$ visionattn simulate`` is one that the command prints today."""
+    import shlex
+
+    from visionattn.cli import main
+
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    found = re.findall(r"^    \$ visionattn (simulate .*)\n((?:    [^$\n].*\n)+)", text, re.MULTILINE)
+    assert found
+    for command, shown in found:
+        assert main(shlex.split(command)) == 0
+        printed = capsys.readouterr().out.splitlines()
+        for line in (line[4:] for line in shown.splitlines() if line.strip() != "..."):
+            assert line in printed, f"{command}: {line}"
+
+
+def test_the_map_of_the_manual_is_whole():
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert sorted([*re.findall(r"\]\(([\w-]+\.md)\)", text), "README.md"]) == sorted(
+        p.name for p in (ROOT / "docs").glob("*.md")
+    )
