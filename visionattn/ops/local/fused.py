@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from visionattn.ops._triton import give_up
@@ -13,7 +12,7 @@ from visionattn.ops._triton import give_up
 from . import kernels, kernels_backward, tables
 from . import text as text_rows
 from .patterns import Cross, Disk, Grid, Pattern, radius_squared
-from .tiles import Tiles, pad_dim, pick_tiles
+from .tiles import Tiles, cdiv, pad_dim, pick_tiles
 
 LOG2E = math.log2(math.e)
 
@@ -47,7 +46,7 @@ class Boxes:
     def tiles(self, tile: tuple[int, int, int]) -> tuple[int, int, int]:
         """Owner tiles along each axis, of all dilation groups."""
         sizes = zip(self.lengths, self.dilations, tile, strict=True)
-        return tuple(d * triton.cdiv(triton.cdiv(n, d), t) for n, d, t in sizes)
+        return tuple(d * cdiv(cdiv(n, d), t) for n, d, t in sizes)
 
 
 def boxes(pattern: Pattern, grid: Grid) -> Boxes:
@@ -228,8 +227,8 @@ class Plan:
     def chunks(self, programs: int, length: int, block: int) -> tuple[int, int]:
         """Into how many chunks a loop over `length` tokens is cut to fill the GPU, and their length."""
         wanted = max(1, min(self.tiles.waves // max(programs, 1), length // (4 * block), 64))
-        chunk = triton.cdiv(triton.cdiv(length, wanted), block) * block
-        return triton.cdiv(length, chunk), chunk
+        chunk = cdiv(cdiv(length, wanted), block) * block
+        return cdiv(length, chunk), chunk
 
     def kernels(self) -> tuple[str, ...]:
         """What computes the rows of grid queries, and of text queries."""
@@ -343,7 +342,7 @@ def text_forward(p: Plan, q, k, v, lengths, out, lse) -> None:
     if text_rows.try_forward(p, q, k, v, out, lse):
         return
     t = p.tiles.dense
-    tiles = triton.cdiv(p.text, t.queries)
+    tiles = cdiv(p.text, t.queries)
     chunks, chunk = p.chunks(tiles * p.heads * p.batch, p.N, t.keys)
     part = torch.empty((chunks, p.batch, p.heads, p.text, p.D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
@@ -358,7 +357,7 @@ def text_forward(p: Plan, q, k, v, lengths, out, lse) -> None:
     launch(q, k, v, part, part_lse, lengths, *descriptors)
     merge_tiles = replace(t, warps=4, stages=1)
     rows = 16
-    tiles = triton.cdiv(p.text, rows)
+    tiles = cdiv(p.text, rows)
     launch = p.launch(
         "merge", kernels.merge_chunks, tiles * p.heads * p.batch,
         (*out.stride()[:3], p.heads, p.text, p.text_at, p.N, tiles, chunks), dict(BM=rows, D=p.D, DP=p.DP), merge_tiles,
@@ -384,7 +383,7 @@ def backward(
     tma = p.tma and _suits_descriptor(grad)
     delta = torch.empty_like(lse)
     rows = 64
-    count = triton.cdiv(p.N, rows)
+    count = cdiv(p.N, rows)
     p.launch(
         ("delta", steps, grad_lse is None), kernels_backward.delta_kernel, count * p.heads * p.batch,
         (*out.stride()[:3], *steps, p.heads, p.N, count), dict(BM=rows, D=p.D, DP=p.DP, DLSE=grad_lse is not None),
@@ -452,7 +451,7 @@ def bias_grad(p: Plan, q, k, v, grad, bias, lse, delta) -> torch.Tensor:
     """The gradient of the bias table of a grid of one or two axes."""
     b = p.boxes
     rows = max(16, min(64, 2048 // p.DP))
-    tiles = triton.cdiv(p.tokens, rows)
+    tiles = cdiv(p.tokens, rows)
     slots = torch.zeros((p.batch, p.heads, tiles, math.prod(p.bias_shape[1:])), dtype=torch.float32, device=q.device)
     launch = p.launch(
         ("bias", grad.stride()), kernels_backward.bias_grad, tiles * p.heads * p.batch,
@@ -486,7 +485,7 @@ def key_grad(p: Plan, tma, q, k, v, grad, bias, lse, delta, dk, dv) -> None:
 def text_query_grad(p: Plan, tma, q, k, v, grad, lengths, lse, delta) -> torch.Tensor:
     """dq of text queries, (B, text, heads, D) in float32."""
     t = p.tiles.query
-    tiles = triton.cdiv(p.text, t.queries)
+    tiles = cdiv(p.text, t.queries)
     chunks, chunk = p.chunks(tiles * p.heads * p.batch, p.N, t.keys)
     part = torch.empty((chunks, p.batch, p.text, p.heads, p.D), dtype=torch.float32, device=q.device)
     descriptors = tuple(p.run_descriptor(x, 0, p.N, t.keys) for x in (k, v)) if tma else (None, None)
@@ -504,7 +503,7 @@ def dense_key_grad(p: Plan, tma, name, q, k, v, grad, lengths, lse, delta, keys,
     """dk and dv, (B, keys, key heads, D) in float32, of keys that all queries [q_from, q_to) see."""
     t = p.tiles.backward_keys
     lengths = lengths if p.has_lengths else None
-    tiles = triton.cdiv(keys, t.keys)
+    tiles = cdiv(keys, t.keys)
     chunks, chunk = p.chunks(tiles * p.kv_heads * p.batch, q_to - q_from, t.queries)
     dk = torch.empty((chunks, p.batch, keys, p.kv_heads, p.D), dtype=torch.float32, device=q.device)
     dv = torch.empty_like(dk)

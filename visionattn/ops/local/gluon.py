@@ -10,7 +10,7 @@ from visionattn.ops._triton import cannot_build_gluon
 
 from . import counts, fused, tables
 from .patterns import Cross, Disk, Neighborhood, radius_squared
-from .tiles import Shape
+from .tiles import Shape, cdiv
 
 KERNELS = "visionattn.ops.local.kernels_hopper"
 
@@ -238,11 +238,11 @@ def best_chunks(programs: int, length: int, block: int, processors: int) -> int:
 def text_forward(p: fused.Plan, q, k, v, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     """Parts of the rows of text queries: (chunks, B, heads, text, D), and log-sum-exp of base 2, in float32."""
     queries = math.prod(setting.query)
-    tiles = triton.cdiv(p.text, queries)
+    tiles = cdiv(p.text, queries)
     processors = _processors(p.device)
     chunks = best_chunks(tiles * p.heads * p.batch, p.N, setting.keys, processors)
-    chunk = triton.cdiv(triton.cdiv(p.N, chunks), setting.keys) * setting.keys
-    chunks = triton.cdiv(p.N, chunk)
+    chunk = cdiv(cdiv(p.N, chunks), setting.keys) * setting.keys
+    chunks = cdiv(p.N, chunk)
     part = torch.empty((chunks, p.batch, p.heads, p.text, p.D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     rows = [1, setting.rows, 1, p.D]
@@ -276,7 +276,7 @@ def forward(q, k, v, grid, pattern, text, text_first, scale, setting: Setting, d
 def merge(p: fused.Plan, parts, part_lse, out, lse) -> None:
     """Joins the parts of text rows."""
     rows, chunks = 16, len(parts)
-    tiles = triton.cdiv(p.text, rows)
+    tiles = cdiv(p.text, rows)
     launch = p.launch(
         ("merge", chunks), fused.kernels.merge_chunks, tiles * p.heads * p.batch,
         (*out.stride()[:3], p.heads, p.text, p.text_at, p.N, tiles, chunks), dict(BM=rows, D=p.D, DP=p.DP),

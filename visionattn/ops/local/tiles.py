@@ -42,6 +42,11 @@ class Tiles:
     waves: int = 528
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's takes 3 us, and was half of what the host did in an eager call."""
+    return -(-a // b)
+
+
 def pad_dim(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
