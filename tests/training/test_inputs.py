@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from tests.training.conftest import TINY, make_pictures, only_run, state_of
-from visionattn.training import config
+from visionattn.training import checkpoint, config
 from visionattn.training.checkpoint import read_state
 from visionattn.training.config import UserError
 
@@ -45,6 +45,7 @@ WRONG = {
     "type": (f"{SYNTHETIC} --epochs many", "epochs='many'", "int"),
     "fraction of an epoch": (f"{SYNTHETIC} --epochs 1.5", "epochs='1.5'"),
     "range": (f"{SYNTHETIC} --smoothing 1.5", "smoothing=1.5", "[0, 0.99]"),
+    "range, of two words": (f"{SYNTHETIC} --batch-size 0", "--batch-size=0 is out of range"),
     "choice": (f"{SYNTHETIC} --loss bec", "bec", "Did you mean 'bce'?"),
     "optimizer": (f"{SYNTHETIC} --opt adamm", "adamm", "Did you mean 'adam"),
     "optimizer argument": (f"{SYNTHETIC} --opt sgd --opt-kwargs wings=2", "sgd", "wings"),
@@ -84,6 +85,11 @@ def test_wrong_option_is_one_line(case, train, pictures, tmp_path):
             pytest.skip("wandb is here")
     args, *words = WRONG[case]
     refused(train(args.replace("PICTURES", str(pictures))), tmp_path, *words)
+
+
+def test_an_output_that_cannot_be_made():
+    with pytest.raises(config.UserError, match=r"^output=/proc/none can't hold run folders \(.*\); give another\.$"):
+        checkpoint.make_run_folder("/proc/none", "test_ela", "now")
 
 
 def test_unknown_key_of_a_file_names_the_nearest(train, tmp_path):
