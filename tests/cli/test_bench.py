@@ -72,7 +72,7 @@ def test_training_and_a_model_that_fails(tmp_path, capsys, monkeypatch):
         (["test_ela", "--out", "x.txt"], "ends in .csv"),
         (["test_ela", "--device", "cuda:77"], "--device cpu works"),
         (["test_ela", "--seconds", "0"], "more than 0"),
-        (["test_ela", "--batches", "0"], "not a number from 1 on"),
+        (["test_ela", "--batches", "0"], "not a whole number from 1 on"),
         (["test_ela", "--out", "other.csv"], "other columns"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
