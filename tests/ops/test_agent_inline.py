@@ -1,14 +1,12 @@
 """Agent and InLine attention, the depthwise residual: fast paths against the float64 reference, and their gradients."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
+from tests.interpreter import interpret
 from visionattn.ops import _triton, depthwise
 from visionattn.ops.agent import agent_attention, agent_attention_reference, agent_key_bias, pool_agents, pooling_bins
 from visionattn.ops.depthwise import depthwise_residual
@@ -170,13 +168,7 @@ def test_depthwise_residual_gradients(images, prefix, backend):
 @pytest.mark.parametrize("part", ["depthwise", "inline"])
 def test_interpreted(part):
     """tests/ops/interpreted_*.py, where Triton is imported as an interpreter."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
-    command.append(str(HERE / f"interpreted_{part}.py"))
-    run = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout and "skipped" not in run.stdout
+    interpret(HERE / f"interpreted_{part}.py")
 
 
 def test_triton_says_why_not():
