@@ -76,7 +76,8 @@ def lacks_shared_memory(device: str, needed: int) -> str | None:
     """Why a program of `needed` KiB of shared memory can't run on this device; None where it can."""
     if not device.startswith("cuda"):
         return None  # interpreted
-    there = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)  # not in every torch
+    properties = torch.cuda.get_device_properties(device)
+    there = getattr(properties, "shared_memory_per_block_optin", None)  # not in every torch
     if there is None or needed <= there // 1024:
         return None
     return f"needs {needed} KiB of shared memory, this GPU has {there // 1024}"
