@@ -270,6 +270,7 @@ def test_sizes(name, size):
     "arguments, words",
     [
         (dict(num_heads=(2, 4, 8)), "differ in length"),
+        (dict(dilations=0), "dilations=0"),
         (dict(dilations=((1,), (1, 1), (1, 0), (1,))), r"dilations\[2\]"),
         (dict(dilations=((1, 1), (1, 1), (1, 1), (1,))), r"dilations\[0\]"),
         (dict(num_heads=(3, 4, 8, 16)), "num_heads=3 does not divide stage width 16"),

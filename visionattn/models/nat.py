@@ -164,7 +164,7 @@ class NAT(PooledClassifier):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        dilations = dilations or tuple((1,) * depth for depth in depths)
+        dilations = tuple((1,) * depth for depth in depths) if dilations is None else dilations
         _check_arguments(embed_dim, depths, num_heads, kernel_size, dilations)
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         self.in_chans = in_chans
@@ -311,7 +311,7 @@ class NAT(PooledClassifier):
 
 def _check_arguments(embed_dim, depths, num_heads, kernel_size, dilations) -> None:
     for name, values in (("num_heads", num_heads), ("dilations", dilations)):
-        if len(values) != len(depths):
+        if not isinstance(values, tuple | list) or len(values) != len(depths):
             raise ValueError(f"NAT: {name}={values} and depths={depths} differ in length: give one a stage")
     for i, (depth, steps) in enumerate(zip(depths, dilations, strict=True)):
         if len(steps) != depth or min(steps, default=1) < 1:
