@@ -158,6 +158,23 @@ def test_frozen_stages(kwargs, frozen, free):
     assert not backbone.eval().training
 
 
+@pytest.mark.parametrize("model, indices", [("mobilenetv3_small_050", (1, 2)), ("test_efficientnet", (0,))])
+def test_blocks_behind_the_last_map(model, indices, tmp_path):
+    """timm keeps and computes them: without a gradient, which DistributedDataParallel does not forgive."""
+    torch.manual_seed(0)
+    classifier = timm.create_model(model).eval()
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    backbone = Backbone(model, out_indices=indices, pretrained=str(tmp_path / "classifier.pth"))
+    backbone.init_weights()
+    x = torch.randn(1, 3, 67, 45)
+    expected = timm.create_model(model, features_only=True, out_indices=indices)
+    expected.load_state_dict(classifier.state_dict(), strict=False)
+    for y, reference in zip(backbone.eval()(x), expected.eval()(x), strict=True):
+        torch.testing.assert_close(y, reference)
+    sum(y.square().mean() for y in backbone.train()(x.repeat(2, 1, 1, 1))).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
 def test_norm_eval():
     backbone = Backbone("resnet18", norm_eval=True).train()
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]

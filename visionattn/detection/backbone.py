@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pyramid import SimpleFeaturePyramid
 from .registry import MODELS
-from .traits import Layers, Traits, layers_of, takes_argument, traits_of
+from .traits import Layers, Traits, drop_tail, layers_of, takes_argument, traits_of
 from .weights import CheckpointError, load_donor, read, source_of
 
 __all__ = ["Backbone"]
@@ -138,7 +138,7 @@ class Backbone(BaseModule):
             raise ValueError(f"pyramid={pyramid} is for models with one stride, {self.arch} has several: leave it out")
         indices = (last,) if self.isotropic else self.out_indices
         self.build_args = dict(self.model_args, features_only=True, out_indices=indices)
-        self.net = timm.create_model(self.model, **self.build_args)
+        self.net = drop_tail(timm.create_model(self.model, **self.build_args))
         _forget_num_classes(self.net)
         self._channels_last = getattr(self.net, "output_fmt", None) == Format.NHWC
         levels = self.net.feature_info.get_dicts()

@@ -12,12 +12,14 @@ import timm
 import torch
 from timm.layers import Format
 from timm.models import group_parameters, model_entrypoint
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from timm.optim import auto_group_layers
 from torch import nn
 
 from visionattn._meta import NoResize
 
-__all__ = ["Layers", "Traits", "layers_in", "layers_of", "traits_of"]
+__all__ = ["Layers", "Traits", "drop_tail", "layers_in", "layers_of", "traits_of"]
 
 # arguments by which timm's models take any image size; the first set that a model's constructor accepts is used
 DYNAMIC = (
@@ -157,6 +159,16 @@ def _features_on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         return create_on_meta(name, features_only=True, **kwargs)
     except AssertionError:  # shallower than timm's three last blocks
         return create_on_meta(name, features_only=True, out_indices=1, **kwargs)
+
+
+def drop_tail(net: nn.Module) -> nn.Module:
+    """The feature extractor without the blocks behind its last map, which two of timm's kinds keep.
+
+    They cost time, and under DistributedDataParallel parameters without a gradient stop the training.
+    """
+    if isinstance(net, EfficientNetFeatures | MobileNetV3Features) and net.feature_hooks is None:
+        net.blocks = net.blocks[: max(level["stage"] for level in net.feature_info.get_dicts())]
+    return net
 
 
 def _native_size(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from visionattn.models._checkpoint import CheckpointError, read_state_dict, unwrap_state_dict
 
-from .traits import classifier_on_meta, is_ours
+from .traits import classifier_on_meta, drop_tail, is_ours
 
 __all__ = ["CheckpointError", "load_donor", "read"]
 
@@ -108,7 +108,7 @@ def load_donor(name: str, build: Mapping[str, Any], overlay: Mapping[str, Any]) 
             f"checkpoint {label} does not fit {arch} ({_first_line(error)}): choose the model that it was made for"
         ) from error
     _check(loads, full.pretrained_cfg, arch, label)
-    return donor
+    return drop_tail(donor)
 
 
 def _check(loads: list[Any], cfg: Mapping[str, Any], arch: str, label: str) -> None:
