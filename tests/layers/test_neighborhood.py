@@ -199,6 +199,8 @@ def test_bad_calls(change, words):
         (dict(num_heads=5), "num_heads=5 does not divide dim=16"),
         (dict(kernel_size=(3, 3), dilation=(1, 1, 2)), "give one number"),
         (dict(kernel_size=0), "at least 1"),
+        (dict(kernel_size=7.5), "kernel_size=7.5: give whole numbers"),
+        (dict(dilation=(1, 1.5)), r"dilation=\(1, 1.5\): give whole numbers"),
         (dict(qk_norm=True), "switch them off"),
         (dict(dims=4), "1 to 3"),
         (dict(stride=9), "stride=9 exceeds window=7"),

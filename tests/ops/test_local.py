@@ -4,6 +4,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,6 +230,19 @@ def test_merge():
     assert torch.autograd.gradcheck(lambda a, b, c, d: merge([a, b], [c, d]), (*leaves, *lses))
     with pytest.raises(ValueError, match="2 outputs and 1"):
         merge([out, out], [lse])
+    with pytest.raises(ValueError, match="two lists of tensors"):
+        merge(out, lse)
+    for outs, table in ([out, out], lse.mT), ([out, out], lse[:1]), ([out, out[:, :, :1]], lse):
+        with pytest.raises(ValueError, match=r"with log-sum-exps .*: give \(batch, tokens"):
+            merge(outs, [table, table])
+
+
+def test_numbers_of_any_kind():
+    """Lengths from NumPy, tensors or a division are whole numbers too."""
+    q, k, v = tensors((4, 6), 0)
+    expected = local_attention(q, k, v, (4, 6), Neighborhood((3, 2)))
+    for grid in ([4, 6], torch.tensor([4, 6]), np.array([4, 6]), (8 / 2, 6.0), torch.Size([4, 6])):
+        assert torch.equal(local_attention(q, k, v, grid, Neighborhood(np.array([3, 2]))), expected)
 
 
 BAD = {
@@ -245,6 +259,19 @@ BAD = {
     "bias": (dict(bias=torch.zeros(2, 5, 3).double()), r"bias has shape \[2, 5, 3\]"),
     "bias kind": (dict(pattern=Disk(2), bias=torch.zeros(2, 5, 5).double()), "Disk has none"),
     "extra": (dict(extra_k=torch.zeros(2, 3, 2, 4).double()), "go together"),
+    "no tensor": (dict(q=None), "q is a NoneType: give a tensor"),
+    "list of lengths": (dict(text=12, grid=(2, 6), text_lengths=[3, 4]), "text_lengths is a list: give a tensor"),
+    "grid of one number": (dict(grid=24), "grid=24: give 1 to 3 positive lengths"),
+    "part of a token": (dict(grid=(4.5, 6)), r"grid=\(4.5, 6\): give 1 to 3 positive lengths"),
+    "part of a key": (dict(pattern=Neighborhood(2.5)), "window=2.5: give whole numbers"),
+    "part of a step": (dict(pattern=Neighborhood(2, dilation=(1, 1.5))), r"dilation=\(1, 1.5\): give whole numbers"),
+    "causal": (dict(pattern=Neighborhood(2, causal="no")), "causal=no: give True or False"),
+    "cross": (dict(pattern=Cross(1.5, 2)), r"window=\(1.5, 2\): give whole numbers"),
+    "radius": (dict(pattern=Disk("3")), "radius=3: give a positive radius, one number"),
+    "endless": (dict(pattern=Disk(math.inf)), "radius=inf: give a positive radius"),
+    "pool of a float": (dict(pattern=Disk(2, 2.0)), "downsample=2.0 does not divide"),
+    "text": (dict(text=2.0), "text=2.0: give the number of text tokens"),
+    "scale": (dict(scale=math.nan), "scale=nan: give a finite number"),
     "lse": (dict(backend="sdpa", return_lse=True), "backend='sdpa' cannot run"),
 }
 
@@ -334,5 +361,7 @@ def test_worthwhile_needs_a_gpu_and_a_gain():
     assert faster == {64: False, 128: True, 256: True}
     x = q.expand(1, 64 * 64 + 512, 24, 128)
     assert not planner.is_predicted_faster(make_call(x, x, x, (64, 64), Disk(32), 512))  # 0.55 ms against 0.44
+    with pytest.raises(ValueError, match="grid=256: give 1 to 3"):
+        worthwhile(256, Disk(16), 512, *arguments, "cuda")
     with pytest.raises(ValueError, match="exceeds the axis"):
         worthwhile((4, 4), Neighborhood(3, dilation=2), 0, *arguments, "cuda")

@@ -181,6 +181,22 @@ def test_visits_on_a_raster(pattern):
     assert visits(pattern, grid, (1, *own), (1, *other), "aligned") == (found, full)
 
 
+@pytest.mark.parametrize("radius", [2, 3.5, 30])
+def test_visits_of_a_ball(radius):
+    """A disk on three axes: counts against the mask, and a simulation."""
+    grid, own, other, pattern = (4, 7, 6), (2, 2, 4), (1, 4, 2), Disk(radius)
+    mask = pattern.mask(grid).numpy().reshape(*grid, *grid)
+    found, full = 0, 0
+    for at in np.ndindex(*(-(-n // o) for n, o in zip(grid, own, strict=True))):
+        rows = mask[tuple(slice(a * o, a * o + o) for a, o in zip(at, own, strict=True))].reshape(-1, *grid)
+        for to in np.ndindex(*(-(-n // o) for n, o in zip(grid, other, strict=True))):
+            tile = rows[(slice(None), *(slice(a * o, a * o + o) for a, o in zip(to, other, strict=True)))]
+            found, full = found + bool(tile.any()), full + bool(tile.all())
+    assert visits(pattern, grid, own, other, "aligned") == (found, full)
+    result = simulate(grid, pattern, "hunyuan-video", [(own, other)])
+    assert result.rows[0].tflop >= result.ideal_tflop
+
+
 @pytest.mark.parametrize(("pattern", "side"), [(Disk(16), 512), (Cross(16, 16), 256)], ids=str)
 def test_the_planner_is_quick_on_new_grids(pattern, side):
     """It is asked for every new grid; all pairs of tiles of a disk took 50 ms, a cross's table 400."""
@@ -266,6 +282,9 @@ def test_command(tmp_path, capsys):
         (["disk:8", "--network", "flux.9"], "network='flux.9' is unknown"),
         (["disk:8", "--rates", "h900"], "rates='h900' is unknown"),
         (["disk:8", "--text", "-1"], "--text -1"),
+        (["window:7.5"], "window=7.5: give whole numbers"),
+        (["disk:8", "--picture", "gains.pdf"], "--picture gains.pdf: give a name that ends with .png"),
+        (["disk:8", "--measured", str(Path(__file__).parents[2] / "README.md")], "is no result of benchmarks/"),
     ],
 )
 def test_bad_input(args, message, capsys):

@@ -61,6 +61,8 @@ def simulate(args: argparse.Namespace) -> Any:
 
     if args.measured:
         return measured(args)
+    if args.picture and not args.picture.lower().endswith(".png"):
+        raise ValueError(f"--picture {args.picture}: give a name that ends with .png")
     pattern = parse_pattern(args.pattern)
     network: Any = args.network
     if args.text is not None:

@@ -9,6 +9,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import nn
 
 from visionattn.ops.local import Neighborhood, local_attention
+from visionattn.ops.local.patterns import is_whole
 from visionattn.ops.neighborhood import choose_backend, fixed, neighborhood_attention, tiled_attention
 
 from .mixer import Mixer
@@ -87,10 +88,10 @@ class NeighborhoodAttention(Mixer):
                 f"causal={causal}: give one number, or one for each of dims={dims} axes (1 to 3)"
             )
         self.dims = dims
-        self.kernel_size = _per_axis(kernel_size, dims)
-        self.dilation = _per_axis(dilation, dims)
-        self.stride = _per_axis(stride, dims)
-        self.causal = [bool(flag) for flag in _per_axis(causal, dims)]
+        self.kernel_size = _per_axis("kernel_size", kernel_size, dims)
+        self.dilation = _per_axis("dilation", dilation, dims)
+        self.stride = _per_axis("stride", stride, dims)
+        self.causal = [bool(flag) for flag in _per_axis("causal", causal, dims)]
         least = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         if min(least) < 1:
             raise ValueError(f"NeighborhoodAttention: kernel_size={kernel_size}, dilation={dilation}: use at least 1")
@@ -222,5 +223,8 @@ class NeighborhoodAttention(Mixer):
         )
 
 
-def _per_axis(value, dims: int) -> list[int]:
-    return [int(x) for x in value] if isinstance(value, (tuple, list)) else [int(value)] * dims
+def _per_axis(name: str, value, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, (tuple, list)) else [value] * dims
+    if not all(is_whole(x) for x in values):
+        raise ValueError(f"NeighborhoodAttention: {name}={value}: give whole numbers")
+    return [int(x) for x in values]

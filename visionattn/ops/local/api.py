@@ -66,7 +66,7 @@ def local_attention(
             result = _compiled(backend, *tensors, *settings)
             if result is not None:
                 return result if return_lse else result[0]
-    elif q.is_cuda and backend in ("auto", "triton") and type(q) is torch.Tensor and not torch.jit.is_tracing():
+    elif type(q) is torch.Tensor and q.is_cuda and backend in ("auto", "triton") and not torch.jit.is_tracing():
         result = _eager(backend, *tensors, *settings, return_lse)
         if result is not None:
             return result if return_lse else result[0]
@@ -137,11 +137,15 @@ def _like(t):
 def _eager(backend, q, k, v, lengths, extra_k, extra_v, bias, grid, pattern, text, text_first, scale, return_lse):
     if isinstance(pattern, Disk) and pattern.downsample:
         return None
-    key = (
-        backend, pattern, tuple(grid), text, text_first, scale, return_lse, torch.is_grad_enabled(), _like(q), _like(k),
-        _like(v), _like(lengths), _like(extra_k), _like(extra_v), _like(bias),
-    )  # fmt: skip
-    if key not in _checked:
+    try:
+        key = (
+            backend, pattern, tuple(grid), text, text_first, scale, return_lse, torch.is_grad_enabled(), _like(q),
+            _like(k), _like(v), _like(lengths), _like(extra_k), _like(extra_v), _like(bias),
+        )  # fmt: skip
+        known = key in _checked
+    except (AttributeError, TypeError):  # make_call says what is wrong
+        return None
+    if not known:
         call = make_call(q, k, v, grid, pattern, text, text_first, lengths, extra_k, extra_v, bias, scale)
         use = _choose(call, backend, return_lse) == "triton"
         if len(_checked) >= 4096:

@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .patterns import Disk, Grid, Neighborhood, Pattern
+from .patterns import Disk, Grid, Neighborhood, Pattern, check_grid
 
 # The largest table of relative offsets that the fast backends take, per axis.
 LARGEST_BIAS_WINDOW = 13
@@ -99,12 +100,19 @@ def make_call(
     scale=None,
 ) -> Call:
     """Checks the arguments of a call; one line for what is wrong."""
-    grid = tuple(int(n) for n in grid)
+    _check_kinds(q=q, k=k, v=v)
+    _check_kinds(text_lengths=text_lengths, extra_k=extra_k, extra_v=extra_v, bias=bias)
     _check_tensors(q, k, v)
+    if isinstance(grid, (np.ndarray, torch.Tensor)):
+        grid = grid.tolist()
+    check_grid(grid)
+    grid = tuple(int(n) for n in grid)
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern is a {type(pattern).__name__}: give a Neighborhood, Disk, Cross or other Pattern")
     pattern.check(grid)
     n = math.prod(grid)
+    if text is None or isinstance(text, (str, float)):
+        raise ValueError(f"text={text}: give the number of text tokens, a whole number from 0 on")
     if text < 0 or text + n != q.shape[1]:
         raise ValueError(
             f"grid {grid} has {n} tokens, with text={text} that makes {text + n}, but q, k, v have {q.shape[1]}"
@@ -119,14 +127,32 @@ def make_call(
     _check_extra(k, v, extra_k, extra_v)
     if bias is not None:
         _check_bias(q, grid, pattern, bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _factor(scale)
     return Call(q, k, v, grid, pattern, text, text_first, text_lengths, extra_k, extra_v, bias, scale)
+
+
+def _factor(scale) -> float:
+    try:
+        factor = float(scale)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ValueError(f"scale={scale}: give a finite number, or None for channels ** -0.5")
+    return factor
+
+
+def _check_kinds(**tensors) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor) and (x is not None or name in ("q", "k", "v")):
+            raise ValueError(f"{name} is a {type(x).__name__}: give a tensor")
 
 
 def _check_tensors(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}: give (batch, tokens, heads, channels)")
+    if q.shape[3] == 0:
+        raise ValueError(f"q has shape {list(q.shape)}: heads need at least one channel")
     if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: give one floating-point dtype")
     if not q.device == k.device == v.device:

@@ -53,14 +53,18 @@ def _distances(n: int, own: int, other: int, reach: int) -> tuple[np.ndarray, np
 def _aligned_disk(radius_sq: int, grid: Grid, own, other) -> tuple[int, int]:
     """Visits and full visits of a disk when key tiles lie on the grid's own raster."""
     reach = math.isqrt(radius_sq - 1)
-    (near_y, far_y), (near_x, far_x) = (_distances(n, o, k, reach) for n, o, k in zip(grid, own, other, strict=True))
+    near, far = zip(*(_distances(n, o, k, reach) for n, o, k in zip(grid, own, other, strict=True)), strict=True)
 
-    def below(y, x):
-        # pairs of a row's and a column's distance whose squares sum to less than the squared radius
-        columns = np.searchsorted(np.arange(len(x)) ** 2, radius_sq - np.arange(len(y)) ** 2, side="left")
-        return int((y * np.concatenate([[0], np.cumsum(x)])[columns]).sum())
+    def below(many):
+        # distances, one an axis, whose squares sum to less than the squared radius
+        squares, pairs = np.zeros(1, np.int64), np.ones(1, np.int64)
+        for axis in many[:-1]:
+            squares = (squares[:, None] + np.arange(len(axis)) ** 2).ravel()
+            pairs = (pairs[:, None] * axis).ravel()
+        columns = np.searchsorted(np.arange(len(many[-1])) ** 2, radius_sq - squares, side="left")
+        return int((pairs * np.concatenate([[0], np.cumsum(many[-1])])[columns]).sum())
 
-    return below(near_y, near_x), below(far_y, far_x)
+    return below(near), below(far)
 
 
 def _cross_visits(axes: tuple[Axis, ...], own, other) -> tuple[int, int]:
@@ -102,9 +106,9 @@ def visits(pattern: Pattern, grid: Grid, own: Shape, other: Shape, placement: st
         return _box_visits(pattern.axes(grid), own, other, placement)
     if len(grid) == 1:
         grid, own, other = (1, *grid), (1, *own), (1, *other)
+    if isinstance(pattern, Disk) and placement == "aligned":
+        return _aligned_disk(radius_squared(pattern), grid, own, other)
     if isinstance(pattern, Disk) and len(grid) == 2:
-        if placement == "aligned":
-            return _aligned_disk(radius_squared(pattern), grid, own, other)
         table, classes = disk_table(radius_squared(pattern), grid, own, other)
     elif isinstance(pattern, Cross):
         return _cross_visits(pattern.axes(grid), own, other)

@@ -50,8 +50,9 @@ def compare_with(path: str | Path, rates: Rates | str | None = None) -> list[Com
         ValueError: for a file of another kind.
         FileNotFoundError: for one that is not there.
     """
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with Path(path).open(newline="", errors="replace") as file:
+        # longer rows than the first line have their rest under None
+        rows = list(csv.DictReader(file, restkey="more"))
     columns = set(rows[0]) if rows else set()
     if {"row", "what", "implementation", "ms"} <= columns:
         rows = [row for row in rows if row["what"] == "whole layer" and row["row"] in LAYERS]

@@ -15,10 +15,19 @@ def merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Ten
         The output in the dtype of ``outs[0]``, and the log-sum-exp. Differentiable in both.
 
     Raises:
-        ValueError: if the lists' lengths differ, or are 0.
+        ValueError: if the lists' lengths differ, or are 0, or shapes disagree.
     """
+    if not all(isinstance(parts, (list, tuple)) for parts in (outs, lses)):
+        raise ValueError(f"merge got a {type(outs).__name__} and a {type(lses).__name__}: give two lists of tensors")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge got {len(outs)} outputs and {len(lses)} log-sum-exps: give one of each for every part")
+    for o, lse in zip(outs, lses, strict=True):
+        # a table (B, N, H), which others return, would broadcast unseen where N is H or a length is 1
+        if o.dim() != 4 or o.shape != outs[0].shape or lse.shape != (o.shape[0], o.shape[2], o.shape[1]):
+            raise ValueError(
+                f"merge got an output {list(o.shape)} with log-sum-exps {list(lse.shape)}: give (batch, tokens, heads, "
+                "channels), all of one shape, with (batch, heads, tokens)"
+            )
     stacked = torch.stack(lses)
     total = torch.logsumexp(stacked, 0)
     # a query that saw nothing anywhere: every weight is exp(-inf - 0) = 0

@@ -21,16 +21,31 @@ def _per_axis(name: str, value, ndim: int, kind: type = int) -> tuple:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * ndim
     if len(values) != ndim:
         raise ValueError(f"{name}={value} has {len(values)} entries: give one number, or one for each of {ndim} axes")
+    if kind is int and not all(is_whole(x) for x in values):
+        raise ValueError(f"{name}={value}: give whole numbers")
+    if kind is bool and not all(x in (0, 1) for x in values):
+        raise ValueError(f"{name}={value}: give True or False")
     return tuple(kind(x) for x in values)
 
 
 def _frozen(value):
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = value.tolist()
     return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
+def is_whole(value) -> bool:
+    """Whether ``int(value)`` loses nothing: 3, 3.0, a tensor of 3; not 3.5, "3" or None."""
+    try:
+        return bool(int(value) == value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def check_grid(grid: Grid) -> None:
-    if not 1 <= len(grid) <= 3 or any(n < 1 for n in grid):
-        raise ValueError(f"grid={tuple(grid)}: give 1 to 3 positive lengths")
+    if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3 or not all(is_whole(n) and n >= 1 for n in grid):
+        shown = tuple(grid) if isinstance(grid, list) else grid
+        raise ValueError(f"grid={shown}: give 1 to 3 positive lengths, as (64, 64)")
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,7 @@ class Neighborhood(Pattern):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     def axes(self, grid: Grid) -> tuple[Axis, ...]:
+        check_grid(grid)
         return _axes(self, tuple(grid))
 
     def check(self, grid: Grid) -> None:
@@ -216,11 +232,11 @@ class Disk(Pattern):
 
     def check(self, grid: Grid) -> None:
         check_grid(grid)
-        if not self.radius > 0:
-            raise ValueError(f"radius={self.radius}: give a positive radius")
+        if not isinstance(self.radius, (int, float, np.number)) or not 0 < self.radius < math.inf:
+            raise ValueError(f"radius={self.radius}: give a positive radius, one number")
         f = self.downsample
-        if f is not None and (f < 1 or any(n % f for n in grid)):
-            raise ValueError(f"downsample={f} does not divide the grid {tuple(grid)}")
+        if f is not None and (not isinstance(f, (int, np.integer)) or f < 1 or any(n % f for n in grid)):
+            raise ValueError(f"downsample={f} does not divide the grid {tuple(grid)}: give one whole number that does")
 
     def visible(self, grid, queries, keys):
         pairs = zip(coordinates(queries, grid), coordinates(keys, grid), strict=True)

@@ -11,7 +11,7 @@ import torch
 from . import flex, natten, sdpa
 from .call import LARGEST_BIAS_WINDOW, Call, make_call
 from .counts import count
-from .patterns import Disk, Neighborhood, Pattern, decode, encode
+from .patterns import Disk, Neighborhood, Pattern, check_grid, decode, encode
 from .rates import HOST_MS, OTHERS, kernel_of, text_rows_of
 
 BACKENDS = ("triton", "natten", "flex", "sdpa", "reference")
@@ -268,6 +268,7 @@ def worthwhile(
         heads, dim, dtype, device: of the queries; as many key heads.
         batch: sequences at once.
     """
+    check_grid(grid)
     q = torch.empty((batch, text + math.prod(grid), heads, dim), dtype=dtype, device="meta")
     call = make_call(q, q, q, grid, replace_pooling(pattern), text)
     if pattern.dense(grid) or torch.device(device).type != "cuda":
