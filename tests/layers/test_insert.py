@@ -126,10 +126,46 @@ def test_copies_and_modes():
 
 
 @pytest.mark.parametrize(
+    "name, at, count, last",
+    [
+        ("dla34", "conv", 12, "level5.tree2.bn2"),
+        ("dla60", "block", 16, "level5.tree2"),  # its blocks take a shortcut beside the map
+        ("repvgg_a0", "conv", 21, "stages.3.0"),  # summed branches end with the block, and the stem is none
+        ("mixnet_s", "conv", 15, "blocks.5.2.bn2"),  # joined branches: all of their channels
+        ("inception_next_atto", "conv", 12, "stages.3.blocks.1.norm"),
+        ("rexnet_100", "stage", 5, "features.15"),  # one list of blocks: a stage is a map size
+        ("densenet121", "stage", 4, "features.denseblock4"),
+    ],
+)
+def test_blocks_that_branch_or_stand_in_one_list(name, at, count, last):
+    model = timm.create_model(name, device="meta").eval()
+    report = visionattn.insert(model, "ela_b", at=at)
+    assert (len(report.places), report.places[-1].path) == (count, last)
+    assert model(torch.empty(1, *report.input_size, device="meta")).shape == (1, 1000)
+
+
+def test_a_second_insertion_at_one_place():
+    """The network's own file, and one from between the two, still load: to where each belongs."""
+    first, both = build("resnet18"), build("resnet18")
+    plain = first.state_dict()
+    visionattn.insert(first, "ela_b")
+    torch.nn.init.constant_(first.layer1[0].bn2.module.gn.bias, 2.0)
+    visionattn.insert(both, "ela_b")
+    visionattn.insert(both, "ela_b", at=lambda name: name == "layer1.0.bn2")
+    place = both.layer1[0].bn2
+    for state, missing in ((plain, 24 + 3), (first.state_dict(), 3)):
+        result = both.load_state_dict(state, strict=False)
+        assert not result.unexpected_keys and len(result.missing_keys) == missing
+    assert place.host.module.gn.bias.min() == 2.0 and place.module.gn.bias.max() == 0.0
+    assert not both.load_state_dict(both.state_dict()).missing_keys
+
+
+@pytest.mark.parametrize(
     "name, call, message",
     [
         ("vit_tiny_patch16_224", dict(name="ela_b"), "nothing in VisionTransformer matches at='conv'"),
         ("vit_tiny_patch16_224", dict(name="ela_b", at="block"), "gives no (B, C, H, W) map"),
+        ("mambaout_femto", dict(name="ela_b", at="block"), "gives no (B, C, H, W) map"),  # (B, H, W, C)
         ("resnet18", dict(name="ela_b", at=lambda n: False), "nothing in ResNet matches"),
         ("resnet18", dict(name="ela_b", at="pixel"), "use one of conv, block, stage"),
         ("resnet18", dict(name="halo"), "'halo' is not a channel module"),

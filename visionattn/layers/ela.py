@@ -58,8 +58,10 @@ class ELA(nn.Module):
         super().__init__()
         self.version = parse_version(version)
         kernel, width, groups = VERSIONS[self.version]
-        kernel_size = kernel_size or kernel
-        gn_groups = gn_groups or groups
+        kernel_size = kernel if kernel_size is None else kernel_size
+        gn_groups = groups if gn_groups is None else gn_groups
+        if gn_groups < 1:
+            raise ValueError(f"ELA: gn_groups={gn_groups} is not positive: use a divisor of channels={channels}")
         if channels < 1 or channels % gn_groups != 0:
             fitting = [v for v, (_, _, g) in VERSIONS.items() if channels > 0 and channels % g == 0]
             raise ValueError(
@@ -67,11 +69,13 @@ class ELA(nn.Module):
                 f"{channels}: "
                 + (f"use version {', '.join(fitting)}" if fitting else "choose gn_groups that divide it")
             )
-        conv_groups = conv_groups or max(channels // width, 1)
-        if channels % conv_groups != 0:
+        conv_groups = max(channels // width, 1) if conv_groups is None else conv_groups
+        if conv_groups < 1 or channels % conv_groups != 0:
             raise ValueError(f"ELA: conv_groups={conv_groups} does not divide channels={channels}: choose a divisor")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"ELA: kernel_size={kernel_size} is even: use an odd one, so that the map keeps its size")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"ELA: kernel_size={kernel_size} is not odd and positive: use one that is, the map keeps its size"
+            )
         self.channels = channels
         self.conv = nn.Conv1d(
             channels, channels, kernel_size, padding=kernel_size // 2, groups=conv_groups, bias=conv_bias, **dd

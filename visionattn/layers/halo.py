@@ -105,9 +105,9 @@ class HaloAttention(Mixer):
                 f"HaloAttention has none of qk_norm={qk_norm}, scale_norm={scale_norm}, attn_drop={attn_drop}: "
                 "switch them off"
             )
-        dim_v = dim_out = dim_out or dim
+        dim_v = dim_out = dim if dim_out is None else dim_out
         if heads is not None:
-            num_heads, dim_head, proj, scale_pos_embed = heads, dim_head or 64, True, True
+            num_heads, dim_head, proj, scale_pos_embed = heads, 64 if dim_head is None else dim_head, True, True
             border = border or "mask"
             dim_v = heads * dim_head
         self.border = border or "zero"
@@ -119,8 +119,15 @@ class HaloAttention(Mixer):
             raise ValueError(f"HaloAttention: num_heads={num_heads} does not divide dim_out={dim_v}: choose a divisor")
         if block_size < 1 or halo_size < 0:
             raise ValueError(f"HaloAttention: block_size={block_size}, halo_size={halo_size}: use >= 1 and >= 0")
+        if dim_head is None:
+            dim_head = make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
+        if dim < 1 or dim_v < 1 or dim_head < 1:
+            raise ValueError(
+                f"HaloAttention: dim={dim}, dim_out={dim_out}, num_heads={num_heads}, qk_ratio={qk_ratio} make "
+                f"dim_head={dim_head}: use 1 channel or more, and give dim_head where qk_ratio leaves none"
+            )
         self.num_heads = num_heads
-        self.dim_head = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
+        self.dim_head = dim_head
         self.dim_head_v = dim_v // num_heads
         self.scale = self.dim_head**-0.5
         self.scale_pos_embed = scale_pos_embed
@@ -138,7 +145,8 @@ class HaloAttention(Mixer):
         self.pos_embed = RelativeTables(block_size + 2 * halo_size, self.dim_head, **dd)
         self.proj = nn.Conv2d(dim_v, dim_out, 1, bias=proj_bias, **dd) if proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
-        self.pool = nn.AvgPool2d(2, 2) if pooled else nn.Identity()
+        # an odd map keeps its last row and column, as strided queries (and a strided shortcut) do
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if pooled else nn.Identity()
         self.register_load_state_dict_pre_hook(_convert_layout)
         self.reset_parameters()
 

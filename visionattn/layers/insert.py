@@ -1,6 +1,7 @@
 """Puts a channel module into the blocks of a CNN that exists already."""
 
 import copy
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from .registry import create_module, list_modules, module_class, module_kind, mo
 from .residual import Residual
 
 PLACES = ("conv", "block", "stage")
-_BLOCK_NAMES = re.compile(r"Block|Bottle2?neck|Residual|DepthwiseSeparable")
+_BLOCK_NAMES = re.compile(r"Block|Bottle2?neck|Residual|DepthwiseSeparable|Basic$|XceptionModule")
+_SUMS = (operator.add, operator.iadd, torch.add)
 _SHORTCUT_NAMES = re.compile(r"downsample|shortcut|skip")
 
 
@@ -73,10 +75,19 @@ class Inserted(nn.Module):
         return self.module(self.host(x))
 
 
+class InsertedCall(Inserted):
+    """:class:`Inserted` after a host that takes more than a map. A class of its own: TorchScript takes no *args."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.module(self.host(*args, **kwargs))
+
+
 def _host_names(module: Inserted, state_dict: dict, prefix: str, *args: Any) -> None:
+    # the host's own names may begin with these words too: it may be an Inserted itself
+    if any(f"{prefix}host.{name}" in state_dict for name in module.host.state_dict()):
+        return
     for name in [n for n in state_dict if n.startswith(prefix)]:
-        if not name.startswith((prefix + "host.", prefix + "module.")):
-            state_dict[f"{prefix}host.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        state_dict[f"{prefix}host.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 def insert(
@@ -96,7 +107,8 @@ def insert(
         name: a channel module of :func:`visionattn.list_modules`, built with ``channels=...`` and ``kwargs``.
         at: ``'conv'``: in each block, after the last spatial convolution with its norm and activation (where ELA's
             hosts have it: the unexpanded first block of MobileNetV2 is passed over); ``'block'``: after each residual
-            block; ``'stage'``: after the last block of each stage; or a function of a submodule's name that says
+            block; ``'stage'``: after the last block of each stage (of each map size, where all blocks stand in one
+            list); or a function of a submodule's name that says
             whether a module follows it.
         residual: ``y = module(y) + y`` instead of ``y = module(y)``.
         input_size: (C, H, W) for the map sizes in the report, by default the model's own.
@@ -110,14 +122,14 @@ def insert(
     """
     if module_kind(name) != "channel":
         raise ValueError(f"{name!r} is not a channel module: use one of {', '.join(list_modules('channel'))}")
-    paths = _find_places(model, at)
+    size = tuple(input_size or _input_size(model))
+    paths = _find_places(model, at, size)
     if not paths:
         raise ValueError(
             f"insert: nothing in {type(model).__name__} matches at={at!r}: use 'conv', 'block' or 'stage' on a "
             "convolutional network, or a function of submodule names"
         )
-    size = tuple(input_size or _input_size(model))
-    shapes = _map_shapes(model, paths, size)
+    shapes, several = _map_shapes(model, paths, size)
     sample = next(model.parameters(), torch.empty(0))
     built = []
     places = []
@@ -137,14 +149,15 @@ def insert(
     # innermost first, so that the names of the others still hold
     for path, module in sorted(zip(paths, built, strict=True), key=lambda pair: -pair[0].count(".")):
         host = model.get_submodule(path)
-        inserted = Inserted(host, Residual(module) if residual else module)
+        wrapper = InsertedCall if path in several else Inserted
+        inserted = wrapper(host, Residual(module) if residual else module)
         model.set_submodule(path, inserted)
         inserted.training = host.training
         inserted.module.train(host.training)
     return Insertion(name, at if isinstance(at, str) else "a function", size, model, tuple(places))
 
 
-def _find_places(model: nn.Module, at: str | Callable[[str], bool]) -> list[str]:
+def _find_places(model: nn.Module, at: str | Callable[[str], bool], size: tuple[int, ...]) -> list[str]:
     """Names of the submodules that a module follows, in the order of the network."""
     if callable(at):
         return [name for name, _ in model.named_modules() if name and at(name)]
@@ -155,6 +168,9 @@ def _find_places(model: nn.Module, at: str | Callable[[str], bool]) -> list[str]
         return list(blocks)
     if at == "stage":
         last = {path.rpartition(".")[0]: path for path in blocks}  # later blocks of a parent overwrite earlier ones
+        if len(last) == 1:
+            shapes, _ = _map_shapes(model, list(blocks), size)
+            last = {shapes[path][2:]: path for path in blocks}
         return list(last.values())
     expanded = {p: b for p, b in blocks.items() if "DepthwiseSeparable" not in type(b).__name__}
     found = [_after_last_convolution(path, block) for path, block in (expanded or blocks).items()]
@@ -166,7 +182,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(outer + ".") for outer in blocks)
-        if path and not inside and _BLOCK_NAMES.search(type(module).__name__):
+        if path and not inside and path.partition(".")[0] != "stem" and _BLOCK_NAMES.search(type(module).__name__):
             blocks[path] = module
     return blocks
 
@@ -201,6 +217,10 @@ def _after_last_convolution(path: str, block: nn.Module) -> str | None:
     node = end = convs[-1]
     while len(node.users) == 1:
         node = next(iter(node.users))
+        if node.target is torch.cat:  # one of several branches: the norm of the joined map is the place
+            continue
+        if convs[-1].args[0].op == "placeholder" and node.target in _SUMS:
+            return path  # ... or summed ones (RepVGG): they end with the block
         # a module that the block calls elsewhere too (a shared activation) can't be wrapped
         if node.op != "call_module" or sum(n.target == node.target for n in calls) > 1:
             break
@@ -224,27 +244,39 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return (getattr(model, "in_chans", channels), height, width)
 
 
-def _map_shapes(model: nn.Module, paths: list[str], size: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Output shapes of the named submodules, from a forward pass of a copy that holds no data."""
+def _map_shapes(model: nn.Module, paths: list[str], size: tuple[int, ...]) -> tuple[dict[str, torch.Size], set[str]]:
+    """Output shapes of the named submodules, from a forward pass of a copy that holds no data; and which of them are
+    called with more than a map."""
     twin = copy.deepcopy(model).to("meta").eval()
     for module in twin.modules():  # what a user hooked on must not see this pass
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     shapes: dict[str, torch.Size] = {}
+    several: set[str] = set()
     for path in paths:
 
-        def record(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
             if path in shapes:
                 raise ValueError(f"insert: {path!r} is called more than once in a forward pass: choose another place")
-            if not isinstance(output, torch.Tensor) or output.dim() != 4:
+            if not isinstance(output, torch.Tensor) or not _is_map(output.shape, size):
                 raise ValueError(f"insert: {path!r} gives no (B, C, H, W) map: choose another place")
             shapes[path] = output.shape
+            if len(args) + len(kwargs) > 1:
+                several.add(path)
 
-        twin.get_submodule(path).register_forward_hook(record)
+        twin.get_submodule(path).register_forward_hook(record, with_kwargs=True)
     sample = next(model.parameters(), torch.empty(0))
     with torch.no_grad():
         twin(torch.empty(1, *size, device="meta", dtype=sample.dtype))
     missed = [path for path in paths if path not in shapes]
     if missed:
         raise ValueError(f"insert: {missed[0]!r} is not part of the forward pass: choose another place")
-    return shapes
+    return shapes, several
+
+
+def _is_map(shape: torch.Size, size: tuple[int, ...]) -> bool:
+    """Whether this is (B, C, H, W) for an image of ``size``, and not (B, H, W, C): H and W shrink alike."""
+    if len(shape) != 4:
+        return False
+    height, width = size[1:]
+    return abs(shape[2] / height - shape[3] / width) <= 4 / height + 4 / width

@@ -64,7 +64,8 @@ class ULSAM(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         channels = nin if channels is None else channels
-        groups = num_splits or 4 if groups is None else groups
+        num_splits = 4 if num_splits is None else num_splits
+        groups = num_splits if groups is None else groups
         if channels is None or channels < 1:
             raise ValueError(f"ULSAM: channels={channels}: give the number of channels of the map")
         if nout is not None and nout != channels:
@@ -91,8 +92,8 @@ class ULSAM(nn.Module):
     @staticmethod
     def fit(channels: int, groups: int | None = None, num_splits: int | None = None, **kwargs) -> dict[str, int]:
         """Groups in place of those that do not divide ``channels``; empty where they do."""
-        groups = groups or num_splits or 4
-        return dict(groups=gcd(channels, groups)) if channels % groups else {}
+        groups = next(g for g in (groups, num_splits, 4) if g is not None)
+        return dict(groups=gcd(channels, groups)) if groups > 0 and channels % groups else {}
 
     @torch.jit.ignore
     def macs(self, grid: tuple[int, int]) -> int:

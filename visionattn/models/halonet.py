@@ -104,7 +104,8 @@ class HaloNet(nn.Module):
     """HaloNet image classifier; any input size, maps that blocks do not tile are padded.
 
     Args:
-        block_size, halo_size: b and h of the attention.
+        block_size, halo_size: b and h of the attention. Where the block is odd, the strided layers pool their output
+            (2 x 2 averages) instead of striding their queries, as timm's networks with odd blocks do.
         rv, rb: width of the values and of the block outputs over the stage's width.
         depths: blocks of the stages.
         widths: widths of the stages; the first is the stem's too.
@@ -114,7 +115,7 @@ class HaloNet(nn.Module):
         border: see :class:`visionattn.layers.HaloAttention`.
 
     Raises:
-        ValueError: for heads that do not divide a width, stages that do not exist, an odd block in a strided layer.
+        ValueError: for heads that do not divide a width, stages that do not exist or have no block.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class HaloNet(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_arguments(block_size, depths, widths, head_dim, rv, conv_stages)
+        _check_arguments(depths, widths, head_dim, rv, rb, conv_stages)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -297,9 +298,16 @@ class HaloNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _check_arguments(block_size, depths, widths, head_dim, rv, conv_stages) -> None:
+def _check_arguments(depths, widths, head_dim, rv, rb, conv_stages) -> None:
     if len(depths) != len(widths):
         raise ValueError(f"HaloNet: depths={depths} and widths={widths} differ in length: give one of each a stage")
+    if min(depths) < 1 or head_dim < 1 or min(int(w * r) for w in widths for r in (1, rv, rb)) < 1:
+        raise ValueError(
+            f"HaloNet: depths={depths}, widths={widths}, head_dim={head_dim}, rv={rv}, rb={rb}: each stage "
+            "needs a block, each head, value and output a channel"
+        )
+    if isinstance(conv_stages, int):
+        raise ValueError(f"HaloNet: conv_stages={conv_stages} is one number: give a tuple of stages, ({conv_stages},)")
     strange = [s for s in conv_stages if s not in range(1, len(widths) + 1)]
     if strange:
         raise ValueError(f"HaloNet: conv_stages={tuple(conv_stages)}: stages are numbered 1 to {len(widths)}")
