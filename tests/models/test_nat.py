@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,26 @@ def test_head_of_another_size(tmp_path):
     loaded = load("test_nat", released(model), tmp_path, num_classes=7)
     assert loaded.head.out_features == 7
     assert torch.equal(loaded.levels[2].downsample.norm.weight, model.levels[2].downsample.norm.weight)
+
+
+def test_backbone_of_transformers(tmp_path):
+    """Its dense backbone: no prefix, and the norms of the four maps."""
+    model = drawn("test_nat", out_norm=True, num_classes=0)
+    state = {}
+    for name, value in transformers_names(released(model), "dinat").items():
+        name = name.removeprefix("dinat.").replace("layernorm.", "hidden_states_norms.stage4.")
+        if found := re.match(r"encoder\.levels\.(\d)\.out_norm\.(.*)", name):
+            name = f"hidden_states_norms.stage{int(found[1]) + 1}.{found[2]}"
+        state[name] = value
+    assert sum(name.startswith("hidden_states_norms.") for name in state) == 8
+    loaded = load("test_nat", state, tmp_path, features_only=True)
+    x = torch.randn(1, 3, 49, 66)
+    with torch.no_grad():
+        for y, expected in zip(loaded(x), model.forward_intermediates(x, intermediates_only=True), strict=True):
+            assert torch.equal(y, expected)
+    del state["hidden_states_norms.stage1.bias"], state["hidden_states_norms.stage1.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks 2 of .*levels.0.out_norm.weight"):
+        load("test_nat", state, tmp_path, features_only=True)
 
 
 def test_classifier_under_out_norm(tmp_path):

@@ -337,6 +337,10 @@ _TRANSFORMERS_NAMES = [
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"^layernorm\.", "norm."),
+    (r"^hidden_states_norms\.stage1\.", "norm0."),  # its backbone's
+    (r"^hidden_states_norms\.stage2\.", "norm1."),
+    (r"^hidden_states_norms\.stage3\.", "norm2."),
+    (r"^hidden_states_norms\.stage4\.", "norm3."),
     (r"^classifier\.", "head."),
 ]
 
@@ -361,12 +365,13 @@ def _from_transformers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
 def _with_out_norms(state_dict: dict[str, torch.Tensor], model: NAT) -> dict[str, torch.Tensor]:
     """The norms of a released dense backbone (``norm0`` to ``norm3``) under this model's names."""
     norms = [f"norm{i}" for i in range(len(model.levels))]
-    if f"{norms[0]}.weight" in state_dict:
+    if any(f"{norm}.weight" in state_dict for norm in norms):
         model.set_out_norm()
         ours = [f"levels.{i}.out_norm" for i in range(len(norms) - 1)] + ["norm"]
         for theirs, own in zip(norms, ours, strict=True):
             for part in ("weight", "bias"):
-                state_dict[f"{own}.{part}"] = state_dict.pop(f"{theirs}.{part}")
+                if f"{theirs}.{part}" in state_dict:
+                    state_dict[f"{own}.{part}"] = state_dict.pop(f"{theirs}.{part}")
     elif model.out_norm:  # a classifier's file: the norms that it lacks stay as they are initialised
         for name, value in model.state_dict().items():
             if ".out_norm." in name:
@@ -380,8 +385,6 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: NAT) -> dic
     Bias tables of another kernel size are interpolated (bicubic).
     """
     state_dict = unwrap_state_dict(state_dict)
-    if any(name.startswith("backbone.") for name in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     if any("encoder.levels." in name for name in state_dict):
         state_dict = _from_transformers(state_dict)
     at_end = any(re.match(r"(levels|layers)\.0\.downsample\.", name) for name in state_dict)
