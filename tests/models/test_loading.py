@@ -294,6 +294,16 @@ def test_every_model_loads_this_way(name, tmp_path):
         create(tmp_path / "none.pth", name)
 
 
+@pytest.mark.parametrize(
+    "name", ["test_agent_swin", "test_ela", "test_halo", "test_mala", "test_moh_vit", "test_ulsam"]
+)
+def test_backbone_in_a_detectors_file(name, tmp_path):
+    state = weights(name, num_classes=0)
+    detector = {f"module.backbone.{key}": value for key, value in state.items()}
+    torch.save({"state_dict": detector | {"module.neck.weight": torch.ones(2)}}, tmp_path / "detector.pth")
+    assert_holds(create(tmp_path / "detector.pth", name, num_classes=0), state)
+
+
 def test_unwrap_leaves_names_that_look_like_wrappers():
     state = {"model.0.weight": torch.ones(1), "module.bias": torch.ones(1)}
     assert unwrap_state_dict(state) == state

@@ -75,6 +75,24 @@ def test_ela_trunk(fixture, name, output_stride, tmp_path):
         assert relative_error(trunk.forward_features(x), expected["layer4"]) < TOLERANCE
 
 
+def test_ela_deeplabv3(tmp_path):
+    """The trunk out of the segmentor's file, all else torchvision's."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation import DeepLabV3
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
+    manifest, expected = fx.load(FIXTURES / "ela/ela_s_deeplabv3_resnet18_os16")
+    trunk = load_model("ela_s_resnet18", manifest, tmp_path, num_classes=0, output_stride=16)
+    model = DeepLabV3(IntermediateLayerGetter(trunk, {"layer4": "out"}), DeepLabHead(512, 21, (6, 12, 18))).eval()
+    assert sum(p.numel() for p in model.parameters()) == manifest["num_params"]
+    heads = {k.removeprefix("classifier."): torch.from_numpy(v) for k, v in fx.state_dict(manifest).items()}
+    missing = model.load_state_dict({k: v for k, v in heads.items() if k.startswith("classifier.")}, strict=False)[0]
+    assert all(name.startswith("backbone.") or name.endswith("num_batches_tracked") for name in missing)
+    x = torch.from_numpy(fx.inputs(manifest)["x"])
+    with torch.no_grad():
+        assert relative_error(model.classifier(model.backbone(x)["out"]), expected["low"]) < TOLERANCE
+
+
 def test_ninformer_tokens(tmp_path):
     manifest, expected = fx.load(FIXTURES / "ninformer/ninformer_cifar10")
     model = load_model("ninformer_patch4_32", manifest, tmp_path)

@@ -35,6 +35,8 @@ WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module
 # what wrapping a network in DDP or torch.compile puts before every name
 PREFIXES = ("module.", "_orig_mod.")
 
+BACKBONE = "backbone."  # what stands before a backbone's names in a detector's or segmentor's file
+
 # Configurations that lie beside the weights of published files. A yacs one is read as an OrderedDict, the only class of
 # dictionaries that PyTorch's safe reader fills, so yacs need not be there.
 INERT_GLOBALS = [
@@ -63,6 +65,13 @@ def unwrap_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
         if state_dict and all(isinstance(name, str) and name.startswith(prefix) for name in state_dict):
             state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
     return state_dict
+
+
+def _backbone_of(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The backbone's part of a detector's or segmentor's checkpoint; any other's whole state dict."""
+    state_dict = unwrap_state_dict(checkpoint)
+    names = [name for name in state_dict if isinstance(name, str) and name.startswith(BACKBONE)]
+    return {name.removeprefix(BACKBONE): state_dict[name] for name in names} or state_dict
 
 
 def read_state_dict(file: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -133,9 +142,10 @@ def build_model_with_cfg(
     """timm's function of this name, whose arguments these are, with our way of loading files.
 
     A local file (``file`` of the pretrained cfg, or a ``local-dir:`` folder), or the one behind ``url``, is read by
-    :func:`read_state_dict` before the model is built. Whatever the source, the names and shapes that
-    ``pretrained_filter_fn`` returns are compared with the model's before anything is copied; integer buffers (index
-    tables, counters) may be absent from a file.
+    :func:`read_state_dict` before the model is built. Whatever the source, ``pretrained_filter_fn`` gets what is under
+    ``backbone.`` where anything is (a detector's or segmentor's file), and the names and shapes that it returns are
+    compared with the model's before anything is copied; integer buffers (index tables, counters) may be absent from a
+    file.
 
     Heads: a head whose number of classes is the model's is loaded; it is left out, and the model's own stays as
     initialised, where the cfg's ``num_classes`` says that the file has another number (timm's rule).
@@ -170,7 +180,7 @@ def build_model_with_cfg(
             if cfg.source is not None:
                 model.pretrained_cfg["source"] = cfg.source
         try:
-            state_dict = dict(pretrained_filter_fn(state_dict, model))
+            state_dict = dict(pretrained_filter_fn(_backbone_of(state_dict), model))
         except CheckpointError:
             raise
         except Exception as error:

@@ -88,11 +88,9 @@ def _regroup_branches(state_dict: dict[str, torch.Tensor], targets: dict) -> dic
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The authors' files under a host's names, which are theirs: wrappers opened, a detector's prefix and the buffers
-    that are computed removed, tables of another resolution resized as their loader does."""
+    """The authors' files under a host's names, which are theirs: wrappers opened, the buffers that are computed
+    removed, tables of another resolution resized as their loader does."""
     state_dict = unwrap_state_dict(state_dict)
-    if any(name.startswith("backbone.") for name in state_dict):
-        state_dict = {n.removeprefix("backbone."): v for n, v in state_dict.items() if n.startswith("backbone.")}
     targets = dict(model.named_parameters())
     state_dict = _regroup_branches(state_dict, targets)
     fitted = {}
