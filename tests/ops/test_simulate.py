@@ -19,7 +19,7 @@ from visionattn.ops.local.counts import visits
 from visionattn.ops.local.measured import compare_with
 from visionattn.ops.local.rates import kernel_of
 from visionattn.ops.local.simulate import NETWORKS, RATES, TILES, Network, mixed_gain, simulate
-from visionattn.plots.patterns import tile_visits
+from visionattn.plots.patterns import tile_visits, visits_figure
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 # FLUX.1-dev, 512 text tokens: px, TFLOP of the linear layers, of a dense layer, gain of a step without attention
@@ -257,6 +257,16 @@ def test_rates_of_kernels():
             for r in (rates, replace(rates, full=of[0], masked=of[1], windows=None))
         )
         assert one == two
+
+
+@pytest.mark.parametrize("grid", [(300,), (2, 90), (90, 2)])
+def test_picture_of_a_long_grid(grid):
+    """Something is to be seen."""
+    tile = tuple(min(n, 16) for n in grid)
+    figure = visits_figure([("a disk", Disk(9), tile, tile)], grid, "tiles")
+    figure.draw_without_rendering()
+    box = figure.axes[0].get_window_extent()
+    assert min(box.width, box.height) > 40
 
 
 def test_command(tmp_path, capsys):

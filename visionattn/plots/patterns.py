@@ -77,6 +77,8 @@ def visits_figure(
             axis.add_patch(Rectangle((x // qx * qx, y // qy * qy), qx, qy, color=COLOURS[3]))
         axis.set_xlim(0, width)
         axis.set_ylim(height, 0)
+        if not 1 / 8 < height / width < 8:  # a line of tokens would be a pixel high
+            axis.set_aspect("auto")
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_title(label, fontsize=8)
