@@ -365,3 +365,16 @@ def test_worthwhile_needs_a_gpu_and_a_gain():
         worthwhile(256, Disk(16), 512, *arguments, "cuda")
     with pytest.raises(ValueError, match="exceeds the axis"):
         worthwhile((4, 4), Neighborhood(3, dilation=2), 0, *arguments, "cuda")
+
+
+def test_one_graph_of_any_size():
+    """Grid, text and heads symbolic: a text's length comes from a tensor's shape in the diffusers' networks."""
+
+    def joint(image, text, h, w):
+        x = torch.cat([text, image], 1)
+        return local_attention(x, x, x, (h, w), Neighborhood(3, causal=True), text.shape[1])
+
+    compiled = torch.compile(joint, fullgraph=True, dynamic=True, backend="eager")
+    for h, w, t in ((4, 5, 2), (6, 3, 7)):
+        inputs = torch.randn(1, h * w, 2, 8), torch.randn(1, t, 2, 8), h, w
+        torch.testing.assert_close(compiled(*inputs), joint(*inputs))

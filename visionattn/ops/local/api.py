@@ -177,10 +177,11 @@ def _compiled(backend, q, k, v, lengths, extra_k, extra_v, bias, grid, pattern, 
     reason = f"the kernels know no {type(pattern).__name__}" if code is None else None
     if factor <= 0:
         reason = f"scale={scale} is not positive"
+    has_text = True if text > 0 else False  # noqa: SIM210  (bool() of a symbolic number is no constant)
     if reason is None:
         reason = _static_reason(
             backend == "auto", str(q.device), q.dtype, _fixed(q.shape[3]), _fixed(q.shape[2]), _fixed(k.shape[2]),
-            tuple(code), len(grid), bool(text > 0), extra_k is not None, None if bias is None else bias.dtype,
+            tuple(code), len(grid), has_text, extra_k is not None, None if bias is None else bias.dtype,
             lengths is not None, grad,
         )  # fmt: skip
     if reason is not None:

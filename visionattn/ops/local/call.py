@@ -44,6 +44,11 @@ class Call:
     def extra(self) -> int:
         return 0 if self.extra_k is None else self.extra_k.shape[1]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share keys; a constant in graphs whose sizes are symbolic."""
+        return True if self.q.shape[2] != self.k.shape[2] else False  # noqa: SIM210  (bool() stays symbolic there)
+
     def settings(self) -> tuple:
         """The arguments in the order of the functions that run them."""
         return (

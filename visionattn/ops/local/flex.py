@@ -120,7 +120,7 @@ def run(call: Call, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None
     attend = _compiled() if q.is_cuda else flex_attention
     result = attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod=_score_function(call),
-        block_mask=block_mask(call), scale=call.scale, enable_gqa=q.shape[2] != k.shape[2], return_lse=return_lse,
+        block_mask=block_mask(call), scale=call.scale, enable_gqa=call.grouped, return_lse=return_lse,
     )  # fmt: skip
     out, lse = result if return_lse else (result, None)
     return out.transpose(1, 2), lse

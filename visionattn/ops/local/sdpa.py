@@ -42,7 +42,7 @@ def run(call: Call) -> tuple[torch.Tensor, None]:
         k, v = torch.cat([k, call.extra_k], 1), torch.cat([v, call.extra_v], 1)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=_mask(call), scale=call.scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=call.grouped,
     )  # fmt: skip
     return out.transpose(1, 2), None
 
