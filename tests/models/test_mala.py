@@ -12,6 +12,7 @@ import visionattn  # noqa: F401  registers the models
 from tests.fixtures import FIXTURES, relative_error
 from tests.fixtures import fixtures as fx
 from visionattn._meta import NoInit
+from visionattn.models._checkpoint import CheckpointError
 from visionattn.models.mala import Block, ChannelNorm, Stem
 
 TOLERANCE = 5e-6
@@ -81,6 +82,15 @@ def test_dense_from_a_classification_file(official):
             z = z.permute(0, 2, 3, 1)
             assert z.mean(-1).abs().max() < 1e-4 and (z.var(-1, correction=0) - 1).abs().max() < 1e-3
             torch.testing.assert_close(torch.nn.functional.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2]), z)
+
+
+def test_dense_file_without_its_norms(tmp_path):
+    state = timm.create_model("test_mala", features_only=True, out_norm=True).state_dict()
+    dense = {f"backbone.{name.removeprefix('model.')}": value for name, value in state.items()}
+    torch.save({"state_dict": dense}, tmp_path / "dense.pth")
+    overlay = dict(file=str(tmp_path / "dense.pth"))
+    with pytest.raises(CheckpointError, match=r"dense\.pth is of .*features_only=True, out_norm=True$"):
+        timm.create_model("test_mala", pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
 
 
 def test_head_of_another_size(official):

@@ -181,8 +181,8 @@ def build_model_with_cfg(
                 model.pretrained_cfg["source"] = cfg.source
         try:
             state_dict = dict(pretrained_filter_fn(_backbone_of(state_dict), model))
-        except CheckpointError:
-            raise
+        except CheckpointError as error:  # a filter function leaves the file's name to us
+            raise CheckpointError(f"checkpoint {label} {error}") from error
         except Exception as error:
             detail = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             raise CheckpointError(

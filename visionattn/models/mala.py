@@ -33,7 +33,7 @@ from visionattn.layers.cast import Conv2d, KeepsCast, PreNorm
 from visionattn.layers.mala import MALA, PointwiseConv, RotaryEmbedding
 from visionattn.ops.depthwise import depthwise_residual
 
-from ._checkpoint import build_model_with_cfg, unwrap_state_dict
+from ._checkpoint import CheckpointError, build_model_with_cfg, unwrap_state_dict
 from ._head import PooledClassifier
 from ._shipped import digits_cfgs
 
@@ -374,6 +374,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Opens wrappers and fits the authors' names: the classifier is a 1 x 1 convolution there, angles are saved.
 
     What only one of classification and dense prediction has is taken from the model where the file lacks all of it.
+    A file with norms of the outputs is refused by a model without them.
     """
     translated = {}
     for name, value in unwrap_state_dict(state_dict).items():
@@ -382,6 +383,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         translated[name] = value.flatten(1) if name == "head.weight" else value
     own = model.state_dict()
     dense = any(name.startswith("extra_norms.") for name in translated)
+    if dense and not model.out_norm:
+        raise CheckpointError(
+            "is of a backbone for dense prediction, with norms of its outputs (extra_norms): build the model with "
+            "features_only=True, out_norm=True"
+        )
     kept = ("proj.", "norm.") if dense else ("extra_norms.",)
     if model.out_norm and not any(name.startswith(kept) for name in translated):
         translated |= {name: value for name, value in own.items() if name.startswith(kept)}
