@@ -167,6 +167,7 @@ def test_a_second_insertion_at_one_place():
         ("vit_tiny_patch16_224", dict(name="ela_b", at="block"), "gives no (B, C, H, W) map"),
         ("mambaout_femto", dict(name="ela_b", at="block"), "gives no (B, C, H, W) map"),  # (B, H, W, C)
         ("resnet18", dict(name="ela_b", at=lambda n: False), "nothing in ResNet matches"),
+        ("resnet18", dict(name="ela_b", input_size=224), "give (channels, height, width)"),
         ("resnet18", dict(name="ela_b", at="pixel"), "use one of conv, block, stage"),
         ("resnet18", dict(name="halo"), "'halo' is not a channel module"),
         ("resnet18", dict(name="elab"), "did you mean"),

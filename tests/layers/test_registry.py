@@ -40,6 +40,11 @@ def test_modules_take_device_and_dtype(name):
         (lambda: visionattn.create_module("ela_b", channels=0), "got 0"),
         (lambda: visionattn.create_module("ela_b", channels=64, version="q"), "use one of t, b, s, l"),
         (lambda: visionattn.create_module("ela_b", channels=64, kernel_size=4), "not odd and positive"),
+        (
+            lambda: visionattn.create_module("ela_b", channels=64, gn_groups=10),
+            "got 64: choose gn_groups that divide it",
+        ),
+        (lambda: visionattn.create_module("halo", dim=64, dim_out=32, num_prefix_tokens=1), "use dim_out=64"),
         (lambda: visionattn.create_module("ela_b", channels=64, kernel_size=0), "kernel_size=0 is not odd"),
         (lambda: visionattn.create_module("ela_b", channels=64, gn_groups=-4), "gn_groups=-4 is not positive"),
         (lambda: visionattn.create_module("ela_b", channels=64, conv_groups=0), "conv_groups=0 does not divide"),

@@ -29,6 +29,7 @@ BUILD = {
     "layer": ("ulsam_mobilenetv1_100", dict(insert_after=(99,)), ["(99,)", "2 to 14"]),
     "layer twice": ("ulsam_mobilenetv1_100", dict(insert_after=(9,), replace=(9,)), ["(9,)", "each in one of the two"]),
     "strided layer": ("ulsam_mobilenetv1_100", dict(replace=(3,)), ["layer 3", "insert after it instead"]),
+    "one layer": ("ulsam_mobilenetv2_100", dict(insert_after=17), ["insert_after=17", "(17,)"]),
     "form": ("ulsam_mobilenetv1_100", dict(form="x"), ["'x'", "'released' or 'printed'"]),
     "image size": ("ninformer_patch4_32", dict(img_size=33), ["33", "multiple of patch_size"]),
     "no image": ("ninformer_patch4_32", dict(img_size=0), ["img_size=0", "multiple of patch_size"]),

@@ -59,11 +59,11 @@ class ELA(nn.Module):
         self.version = parse_version(version)
         kernel, width, groups = VERSIONS[self.version]
         kernel_size = kernel if kernel_size is None else kernel_size
-        gn_groups = groups if gn_groups is None else gn_groups
+        asked, gn_groups = gn_groups, groups if gn_groups is None else gn_groups
         if gn_groups < 1:
             raise ValueError(f"ELA: gn_groups={gn_groups} is not positive: use a divisor of channels={channels}")
         if channels < 1 or channels % gn_groups != 0:
-            fitting = [v for v, (_, _, g) in VERSIONS.items() if channels > 0 and channels % g == 0]
+            fitting = [v for v, (_, _, g) in VERSIONS.items() if channels > 0 and channels % g == 0 and asked is None]
             raise ValueError(
                 f"ELA-{self.version.upper()} needs channels divisible by its {gn_groups} normalisation groups, got "
                 f"{channels}: "

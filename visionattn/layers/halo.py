@@ -126,6 +126,11 @@ class HaloAttention(Mixer):
                 f"HaloAttention: dim={dim}, dim_out={dim_out}, num_heads={num_heads}, qk_ratio={qk_ratio} make "
                 f"dim_head={dim_head}: use 1 channel or more, and give dim_head where qk_ratio leaves none"
             )
+        if num_prefix_tokens > 0 and dim_out != dim:
+            raise ValueError(
+                f"HaloAttention: num_prefix_tokens={num_prefix_tokens} pass unchanged, with dim={dim} channels, beside "
+                f"dim_out={dim_out}: use dim_out={dim}"
+            )
         self.num_heads = num_heads
         self.dim_head = dim_head
         self.dim_head_v = dim_v // num_heads

@@ -122,7 +122,10 @@ def insert(
     """
     if module_kind(name) != "channel":
         raise ValueError(f"{name!r} is not a channel module: use one of {', '.join(list_modules('channel'))}")
-    size = tuple(input_size or _input_size(model))
+    size = _input_size(model) if input_size is None else input_size
+    if not isinstance(size, (tuple, list)) or len(size) != 3:
+        raise ValueError(f"insert: input_size={input_size!r}: give (channels, height, width) of an image")
+    size = tuple(size)
     paths = _find_places(model, at, size)
     if not paths:
         raise ValueError(

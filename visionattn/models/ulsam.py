@@ -113,6 +113,9 @@ def _create_ulsam(
     """``published`` holds the positions that apply where the caller names none."""
     if kwargs.get("insert_after") is None and kwargs.get("replace") is None:
         kwargs = {**published, **{k: v for k, v in kwargs.items() if k not in ("insert_after", "replace")}}
+    for name in ("insert_after", "replace"):
+        if isinstance(kwargs.get(name), int):
+            raise ValueError(f"ULSAM: {name}={kwargs[name]} is one number: give a tuple of layers, ({kwargs[name]},)")
     kwargs = {k: tuple(v) if k in ("insert_after", "replace") else v for k, v in kwargs.items() if v is not None}
     return build_model_with_cfg(
         UlsamMobileNet,
