@@ -106,10 +106,11 @@ def insert(
             before the insertion still load into it (with ``strict=False``, for the new modules).
         name: a channel module of :func:`visionattn.list_modules`, built with ``channels=...`` and ``kwargs``.
         at: ``'conv'``: in each block, after the last spatial convolution with its norm and activation (where ELA's
-            hosts have it: the unexpanded first block of MobileNetV2 is passed over); ``'block'``: after each residual
-            block; ``'stage'``: after the last block of each stage (of each map size, where all blocks stand in one
-            list); or a function of a submodule's name that says
-            whether a module follows it.
+            hosts have it: the unexpanded first block of MobileNetV2 is passed over). Where a block joins several
+            convolutions without a norm behind them (Res2Net, DenseNet), that is after the last, on its channels only.
+            ``'block'``: after each residual block; ``'stage'``: after the last block of each stage (of each map size,
+            where all blocks stand in one list); or a function of a submodule's name that says whether a module
+            follows it.
         residual: ``y = module(y) + y`` instead of ``y = module(y)``.
         input_size: (C, H, W) for the map sizes in the report, by default the model's own.
         strict: refuse a network with channels that the module's groups do not divide. By default the groups give way
