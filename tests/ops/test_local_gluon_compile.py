@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -12,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tests.ops.cross_compile import usage
-from visionattn.ops.local import gluon, gluon_grad, rates
+from visionattn.ops.local import fused, gluon, gluon_grad, rates
 from visionattn.ops.local.patterns import Axis
 from visionattn.ops.local.tiles import SHARED_KIB
 
@@ -133,3 +134,21 @@ def test_full_windows():
 
 def test_planner_knows_its_limits():
     assert (rates.GLUON_FULL, rates.GLUON_RADIUS) == (gluon.FULL, gluon.RADIUS)
+
+
+def test_a_kernel_that_fails():
+    """Triton's run from then on, said once; a forced kernel's failure and a full memory are the caller's."""
+    failed = []
+
+    def run(error=None):
+        if error is not None:
+            raise error
+
+    assert fused._try_gluon(failed, "auto", "x runs", run)
+    with pytest.warns(UserWarning, match="x runs Triton's kernels, not Gluon's"):
+        assert not fused._try_gluon(failed, "auto", "x runs", lambda: run(RuntimeError("no such thing")))
+    assert len(failed) == 1 and not fused._try_gluon(failed, "auto", "x runs", run)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        fused._try_gluon(failed, "gluon", "x runs", lambda: run(RuntimeError("no such thing")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fused._try_gluon([], "auto", "x runs", lambda: run(torch.OutOfMemoryError("full")))

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -319,22 +321,27 @@ def grid_forward(p: Plan, q, k, v, ek, ev, bias, lengths, out, lse) -> None:
         launch(q, k, v, out, lse, ek, ev, bias, lengths, table, *descriptors, *prefix)
 
 
-def _gluon_forward(p: Plan, q, k, v, out, lse) -> bool:
-    """Whether the kernel of kernels_hopper.py ran; where it fails to compile or start, Triton's runs from then on."""
-    from . import gluon
-
-    if gluon.failed and forward_choice == "auto":
+def _try_gluon(failed: list[str], choice: str, rows: str, run: Callable[[], None]) -> bool:
+    """Whether Gluon's kernels ran; where one fails to compile or start, Triton's run from then on, unless forced."""
+    if failed and choice == "auto":
         return False
     try:
-        gluon.grid_forward(p, q, k, v, out, lse, p.gluon)
+        run()
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever Gluon, the assembler or the driver say
-        if forward_choice == "gluon":
+        if choice == "gluon":
             raise
-        give_up(gluon.failed, e, "local_attention runs Triton's kernels, not Gluon's")
+        give_up(failed, e, f"{rows} Triton's kernels, not Gluon's")
         return False
     return True
+
+
+def _gluon_forward(p: Plan, q, k, v, out, lse) -> bool:
+    from . import gluon
+
+    run = partial(gluon.grid_forward, p, q, k, v, out, lse, p.gluon)
+    return _try_gluon(gluon.failed, forward_choice, "local_attention runs", run)
 
 
 def text_forward(p: Plan, q, k, v, lengths, out, lse) -> None:
@@ -413,21 +420,10 @@ def backward(
 
 
 def _gluon_backward(p: Plan, q, k, v, grad, lse, delta, dq, dk, dv) -> bool:
-    """Whether the kernels of kernels_grad.py ran; where one fails to compile or start, Triton's run from then on."""
     from . import gluon_grad
 
-    if gluon_grad.failed and backward_choice == "auto":
-        return False
-    try:
-        gluon_grad.backward(p, q, k, v, grad, lse, delta, dq, dk, dv)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # whatever Gluon, the assembler or the driver say
-        if backward_choice == "gluon":
-            raise
-        give_up(gluon_grad.failed, e, "local_attention's gradients run Triton's kernels, not Gluon's")
-        return False
-    return True
+    run = partial(gluon_grad.backward, p, q, k, v, grad, lse, delta, dq, dk, dv)
+    return _try_gluon(gluon_grad.failed, backward_choice, "local_attention's gradients run", run)
 
 
 def query_grad(p: Plan, tma, q, k, v, grad, ek, ev, bias, lengths, lse, delta, dq) -> None:
